@@ -1,0 +1,9 @@
+"""The methods, one per file. To add one: its file here, one line below, one row in ``tests/cases.py``."""
+
+from .base import REGISTRY, Factors, Method
+from .dora import DoRA
+from .full import Full
+from .lora import LoRA
+from .magnitude import Magnitude
+
+__all__ = ["REGISTRY", "DoRA", "Factors", "Full", "LoRA", "Magnitude", "Method"]
