@@ -1,0 +1,90 @@
+"""The structure of a model at one moment, to return to: classes, dicts, flags; references, not copies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .effective import AdapterFactors
+
+# Plain attributes that attaching, or what a user does with a plain model, may replace.
+_ATTRIBUTES = (
+    "_loraparam",
+    "_loraparam_frozen",
+    "_flat_weights",
+    "_flat_weight_refs",
+    "training",
+    "_non_persistent_buffers_set",
+)
+_DICTS = ("_parameters", "_buffers", "_modules")
+
+
+class Snapshot:
+    """Remembers each module's class, own dicts and flags, and which storage each parameter points to.
+
+    ``restore`` brings all of it back: the same Parameter objects in the same order, pointing to the same
+    storage, so that converting the model (``.half()``, ``.to(device)``), swapping its layers or changing its
+    flags is undone. Values written into a storage in place are not: no tensor is copied.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(module, type(module), _members(module)) for module in model.modules()]
+        tensors = {
+            id(t): t
+            for m, _, _ in self._modules
+            for t in [*m._parameters.values(), *m._buffers.values()]
+            if t is not None
+        }
+        self._tensors = [(t, t.detach(), t.requires_grad) for t in tensors.values()]
+        self._entries = [(m, m.strength, m.holds) for m, _, _ in self._modules if isinstance(m, AdapterFactors)]
+
+    def restore(self) -> None:
+        """Bring the remembered structure back, in place."""
+        for module, cls, members in self._modules:
+            if type(module) is not cls:
+                module.__class__ = cls
+            for name in _DICTS:
+                current = module.__dict__[name]
+                current.clear()
+                current.update(members[name])
+            for name in _ATTRIBUTES:
+                if name in members:
+                    module.__dict__[name] = members[name]
+                else:
+                    module.__dict__.pop(name, None)
+        for tensor, data, requires_grad in self._tensors:
+            if _moved(tensor, data):
+                tensor.data = data
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+        for entry, strength, holds in self._entries:
+            if (entry.strength, entry.holds) != (strength, holds):
+                entry.set_strength(strength, holds - entry.holds)
+
+
+def _members(module: nn.Module) -> dict[str, Any]:
+    members: dict[str, Any] = {name: dict(module.__dict__[name]) for name in _DICTS}
+    members.update({name: module.__dict__[name] for name in _ATTRIBUTES if name in module.__dict__})
+    return members
+
+
+def _moved(tensor: Tensor, data: Tensor) -> bool:
+    """Whether a plain tensor was pointed at another storage, dtype or shape; subclasses are left alone."""
+    if type(data) is not torch.Tensor or tensor.is_meta != data.is_meta:
+        return type(data) is torch.Tensor
+    return tensor.dtype != data.dtype or tensor.shape != data.shape or tensor.data_ptr() != data.data_ptr()
+
+
+@contextlib.contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """All or nothing: whatever is raised inside, the model is as it was."""
+    before = Snapshot(model)
+    try:
+        yield
+    except BaseException:
+        before.restore()
+        raise
