@@ -1,0 +1,57 @@
+"""Touching files: written whole or not at all, and read without trusting them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import FormatError
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that, whenever it is interrupted, the path holds the old content or the new."""
+    if path.is_dir():
+        raise FormatError(f"{str(path)!r} is a directory; allowed: the path of a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file's handle, with each way of not being one as a ``FormatError``."""
+    if not path.is_file():
+        raise FormatError(f"{str(path)!r} is not a file")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{str(path)!r} is not a readable safetensors file: {error}") from None
+
+
+def parse_json(text: str, place: str) -> Any:
+    """JSON from a file; NaN and infinity, which ``json`` takes, are refused."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a number")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{place}: not valid JSON: {error}") from None
