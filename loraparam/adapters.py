@@ -15,7 +15,8 @@ from .errors import AttachError, LoraparamError, listed, nearest
 from .freezing import freeze as freeze_base
 from .freezing import unfreeze
 from .functional import compute_dtype
-from .hosts import Site, groups, install, places_outside, remove, sites, stack_of
+from .guarded import stack_of
+from .hosts import Site, groups, install, places_outside, remove, sites
 from .layouts import Layout
 from .managers import guard_managers, release_managers
 from .methods import Factors, Method

@@ -89,7 +89,7 @@ def walk(module: nn.Module, path: str = "", above: frozenset[int] = frozenset())
 
 def parametrized(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     """The parametrization lists on a module's own tensors, by name."""
-    lists = module._modules.get("parametrizations")
+    lists = module.__dict__.get("_modules", {}).get("parametrizations")
     if not isinstance(lists, nn.ModuleDict):
         return {}
     return {name: plist for name, plist in lists._modules.items() if isinstance(plist, parametrize.ParametrizationList)}

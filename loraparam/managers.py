@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from .errors import AttachError, listed
-from .hosts import METHOD_GUARDS, become_host, cease_host, groups, is_guarded, plain_base
+from .guarded import METHOD_GUARDS, plain_base
+from .hosts import become_host, cease_host, groups, is_guarded
 from .suspension import plain
 
 

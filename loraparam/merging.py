@@ -14,8 +14,9 @@ from . import slices
 from .adapters import check_known, drop, entries_of, refuse_outside, release
 from .catalogue import catalogue, parametrized, shown_value
 from .effective import AdapterFactors, AdapterStack
-from .errors import AttachError, TargetError, nearest
-from .hosts import Site, groups, stack_of
+from .errors import AttachError, LoraparamError, TargetError, nearest
+from .guarded import stack_of
+from .hosts import Site, groups
 from .layouts import Layout, layout_of
 from .snapshots import undone_on_error
 from .suspension import plain, refuse_suspended
@@ -90,7 +91,10 @@ def _fold(group: list[Site], entries: list[AdapterFactors]) -> None:
     site = group[0]
     plist = parametrized(site.module)[site.name]
     with torch.no_grad():
-        values = _folded(plist, site.stack, entries)
+        try:
+            values = _folded(plist, site.stack, entries)
+        except LoraparamError as error:
+            raise error.at(site.path) from None
         for key, value in values.items():
             old = plist._parameters[key]
             assert old is not None
