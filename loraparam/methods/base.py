@@ -67,6 +67,11 @@ class Method(ABC):
         """The factors as one training step sees them (dropout); called in training mode only."""
         return factors
 
+    @property
+    def exact_gradient(self) -> bool:
+        """Whether the backward pass is the derivative of ``apply``; DoRA with a detached norm says no."""
+        return True
+
     def config(self) -> dict[str, Any]:
         """The hyperparameters as plain values: ``type(self)(**self.config()) == self``."""
         return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -31,7 +31,7 @@ class DoRA(LowRank):
         r, alpha, rslora, dropout, dropout_on, init: as for ``LoRA``.
         axis: "out", one magnitude per output row, or "in", one per input column.
         detach_norm: take ‖V‖ as a constant in the backward pass.
-        eps: added to the norm.
+        eps: added to the norm; a fresh DoRA is then neutral to eps / ‖W‖.
 
     Raises:
         RankError: ``r`` is below 1, or out of range for the weight it is attached to.
@@ -72,6 +72,11 @@ class DoRA(LowRank):
         check_number("DoRA", "eps", self.eps)
         if self.eps < 0:
             raise LoraparamError(f"DoRA: eps={self.eps!r}; allowed: eps >= 0")
+
+    @property
+    def exact_gradient(self) -> bool:
+        """Only where the norm is differentiated as well."""
+        return not self.detach_norm
 
     def init(self, weight: Tensor, layout: Layout, *, generator: Generator | None = None) -> Factors:
         """LoRA's pair, and m = ‖W‖."""

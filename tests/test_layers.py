@@ -1,0 +1,52 @@
+"""The laws of adapted layers: every layer x every method x dtype x mode, shapes and options drawn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import LAYERS, METHODS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraparam.testing import LayerCase
+from loraparam.testing.layer_laws import LAYER_LAWS, equivalence
+from loraparam.testing.subjects import Subject
+
+# Vectors have no matrix form: only Full fits them.
+ONLY_FULL = {"norm"}
+PRODUCT = [(layer, method) for layer in LAYERS for method in METHODS if layer not in ONLY_FULL or method == "full"]
+
+
+def subjects(layer: str, method: str, dtypes: tuple[torch.dtype, ...]) -> st.SearchStrategy[Subject]:
+    """Draws a subject of one row of layers and one of methods."""
+
+    def build(case: LayerCase, method: object, dtype: torch.dtype, training: bool) -> Subject:
+        return Subject(case.make_layer, case.make_inputs, method, dtype=dtype, training=training)
+
+    return st.builds(build, LAYERS[layer], METHODS[method], st.sampled_from(dtypes), st.booleans())
+
+
+@pytest.mark.parametrize(("layer", "method"), PRODUCT)
+def test_equivalence(layer: str, method: str) -> None:
+    """Outputs and all gradients are those of a plain layer that carries the effective weight."""
+
+    @settings(max_examples=12)
+    @given(subject=subjects(layer, method, (torch.float64, torch.float32, torch.bfloat16)))
+    def holds(subject: Subject) -> None:
+        equivalence(subject)
+
+    holds()
+
+
+@pytest.mark.parametrize(("layer", "method"), PRODUCT)
+def test_laws(layer: str, method: str) -> None:
+    """Neutral start, undo, blocks, merge, state, copies, composition, drift: all other laws, on two draws."""
+
+    @settings(max_examples=2)
+    @given(subject=subjects(layer, method, (torch.float64, torch.float32)))
+    def holds(subject: Subject) -> None:
+        for law in LAYER_LAWS:
+            if law is not equivalence:
+                law(subject)
+
+    holds()

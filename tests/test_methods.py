@@ -1,0 +1,142 @@
+"""Methods against formulas written independently, and the laws of methods."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from cases import METHODS
+from hypothesis import given
+from hypothesis import strategies as st
+from references import effective, matrices
+from torch.testing import assert_close
+
+import loraparam as lp
+from loraparam.testing import check_method, layouts, weights
+from loraparam.testing.method_laws import METHOD_LAWS, moved
+
+
+@pytest.mark.parametrize("name", METHODS)
+@given(data=st.data())
+def test_apply_is_the_formula(name: str, data: st.DataObject) -> None:
+    """In float64, over layouts and weights with zero rows, each matrix is what the formula says."""
+    method, layout = data.draw(METHODS[name]), data.draw(layouts())
+    if isinstance(method, lp.DoRA):
+        method = dataclasses.replace(method, eps=data.draw(st.sampled_from([0.0, 0.01])))
+    weight = data.draw(weights(layout=layout, dtype=torch.float64))
+    factors = moved(method, weight, layout)
+    actual = matrices(method.apply(weight, factors, layout).numpy(), layout)
+    for index, W in enumerate(matrices(weight.numpy(), layout)):
+        own = {key: t[index].numpy() if layout.batch else t.numpy() for key, t in factors.items()}
+        if isinstance(method, lp.Full):
+            own = {"diff": matrices(factors["diff"].numpy(), layout)[index]}
+        expected = effective(method, W, own)
+        # float64 sums of at most 125 terms, in another order.
+        np.testing.assert_allclose(actual[index], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("law", METHOD_LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("name", METHODS)
+@given(data=st.data())
+def test_laws(name: str, law: object, data: st.DataObject) -> None:
+    """Neutral, pure, deterministic, right and finite gradients, the same through every layout, rounded once."""
+    layout = data.draw(layouts())
+    law(data.draw(METHODS[name]), data.draw(weights(layout=layout)), layout)
+
+
+@given(data=st.data())
+def test_detached_norm_is_a_constant(data: st.DataObject) -> None:
+    """DoRA's gradients with a detached norm are those of m V / c with c held at |V|."""
+    W = lp.Layout().matrix(data.draw(weights(dtype=torch.float64))) + 0.1
+    method = lp.DoRA(r=1, axis=data.draw(st.sampled_from(["out", "in"])))
+    factors = {key: t.requires_grad_() for key, t in moved(method, W, lp.Layout()).items()}
+    method.apply(W, factors, lp.Layout()).square().sum().backward()
+    got = {key: t.grad for key, t in factors.items()}
+    A, B, m = (factors[key].detach().requires_grad_() for key in ("lora_A", "lora_B", "magnitude"))
+    V = W + B @ A
+    dim = 1 if method.axis == "out" else 0
+    constant = V.detach().square().sum(dim, keepdim=True).sqrt()
+    (m.unsqueeze(dim) * V / constant).square().sum().backward()
+    for key, expected in (("lora_A", A), ("lora_B", B), ("magnitude", m)):
+        assert_close(got[key], expected.grad, rtol=1e-9, atol=1e-12)  # float64, another order of operations
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_start(init: str) -> None:
+    """A ~ U(±1/√in) or N(0, std 1/r), B = 0; an embedding's zero factor is the vocabulary side."""
+    W = torch.zeros(64, 4096)
+    factors = lp.LoRA(r=8, init=init).init(W, lp.Layout())
+    A = factors["lora_A"]
+    assert not factors["lora_B"].any()
+    # 32,768 draws: the standard error of a standard deviation is 0.4 %.
+    assert_close(A.std(), torch.tensor(1 / 8 if init == "gaussian" else 1 / 64 / 3**0.5), rtol=0.02, atol=0)
+    if init == "kaiming":
+        assert A.abs().max() <= 1 / 64
+    looked_up = lp.LoRA(r=8, init=init).init(W.T, lp.Layout(out=1, lookup=True))
+    assert not looked_up["lora_A"].any()
+    assert_close(looked_up["lora_B"].std(), torch.tensor(1.0), rtol=0.1, atol=0)  # 512 draws
+
+
+def test_weight_dropout_is_inverted_and_drops_input_features() -> None:
+    """Whole columns of A, for all ranks at once, at the rate p; the mean stays."""
+    method = lp.LoRA(r=4, dropout=0.25)
+    A = torch.ones(4, 20_000)
+    dropped = method.regularize({"lora_A": A, "lora_B": torch.ones(3, 4)}, lp.Layout())["lora_A"]
+    assert (dropped == dropped[:1]).all()
+    assert dropped.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert_close(dropped.mean(), torch.tensor(1.0), rtol=0.03, atol=0)  # 20,000 draws: standard error 0.4 %
+
+
+def test_weight_dropout_acts_in_training_only() -> None:
+    """In eval mode, in merge and in effective_weight nothing is dropped."""
+    layer = torch.nn.Linear(50, 3)
+    lp.attach(layer, lp.LoRA(r=2, dropout=0.5))
+    with torch.no_grad():
+        layer.parametrizations.weight[0].default.lora_B.fill_(1.0)
+    x = torch.randn(2, 50)
+    assert not torch.equal(layer(x), layer(x))
+    whole = lp.effective_weight(layer, "weight")
+    layer.eval()
+    assert_close(layer.weight, whole, rtol=0, atol=0)
+
+
+def test_input_dropout_says_what_it_needs() -> None:
+    """A dense weight cannot drop elements of the input."""
+    layer = torch.nn.LSTM(3, 2)
+    lp.attach(layer, lp.LoRA(r=1, dropout=0.5, dropout_on="input"), "weight_ih_l0")
+    with pytest.raises(lp.LoraparamError, match='use dropout_on="weight"'):
+        layer(torch.randn(2, 1, 3))
+    layer.eval()
+    assert layer(torch.randn(2, 1, 3))[0].shape == (2, 1, 2)
+
+
+@pytest.mark.parametrize("method", [lp.LoRA(r=1), lp.DoRA(r=1, axis="in"), lp.Magnitude(), lp.Full()], ids=repr)
+def test_check_method_accepts(method: lp.Method) -> None:
+    """The shipped check passes on the library's own methods."""
+    check_method(method, max_examples=5)
+
+
+def test_functional_core_under_vmap() -> None:
+    """A stack of factors is a batch of adapters on one weight."""
+    W, A, B = torch.randn(3, 4), torch.randn(5, 2, 4), torch.randn(5, 3, 2)
+    stacked = torch.func.vmap(lambda a, b: lp.functional.lora(W, a, b, 0.5))(A, B)
+    looped = torch.stack([lp.functional.lora(W, a, b, 0.5) for a, b in zip(A, B, strict=True)])
+    assert_close(stacked, looped)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"alpha": float("nan")}, {"alpha": "2"}, {"dropout": 1.0}, {"dropout_on": "x"}, {"init": "x"}]
+)
+def test_bad_hyperparameters(bad: dict[str, object]) -> None:
+    """Named with what is allowed."""
+    with pytest.raises(lp.LoraparamError, match=rf"LoRA: {next(iter(bad))}=.*allowed"):
+        lp.LoRA(**bad)
+
+
+@pytest.mark.parametrize("r", [0, -1, 1.5, True, "8"])
+def test_bad_rank(r: object) -> None:
+    """A rank is a positive integer."""
+    with pytest.raises(lp.RankError, match="allowed: an integer in 1"):
+        lp.DoRA(r=r)
