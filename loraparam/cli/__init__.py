@@ -1,0 +1,63 @@
+"""The command line. One file per command, each short; a command is imported only when it is run.
+
+A command ``x`` is a module ``loraparam/cli/x.py`` with two functions, ``add_arguments(parser)`` and
+``run(args) -> int`` (the exit code), and one row in ``COMMANDS``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import LoraparamError
+
+# name -> what it does, in one line
+COMMANDS = {
+    "demo": "train a small language model on text that comes with Python and put four adapters on it",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 is success, 2 is bad input, explained in one line on stderr.
+
+    Args:
+        argv: the arguments without the program's name. Default: those of this process.
+
+    Raises:
+        SystemExit: as argparse does, after ``--help``, ``--version`` or a usage error.
+    """
+    first = _parser().parse_args(argv)
+    command = importlib.import_module(f"{__name__}.{first.command}")
+    parser = argparse.ArgumentParser(
+        prog=f"loraparam {first.command}",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    args = parser.parse_args(first.arguments)
+    try:
+        code: int = command.run(args)
+    except LoraparamError as error:
+        print(f"loraparam {first.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The first stage: which command. The command's own arguments are left for its own parser."""
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="loraparam",
+        description="Adapters (LoRA, DoRA and others) on any parameter of any PyTorch model.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items())
+        + "\n\n'loraparam COMMAND --help' lists the arguments of one command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"loraparam {__version__}")
+    parser.add_argument("command", choices=sorted(COMMANDS), metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
