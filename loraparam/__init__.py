@@ -7,6 +7,8 @@ from .adapters import attach as attach
 from .adapters import detach as detach
 from .check import Report as Report
 from .check import check as check
+from .effective import EffectiveWeight as EffectiveWeight
+from .effective import execution as execution
 from .errors import AttachError as AttachError
 from .errors import FormatError as FormatError
 from .errors import LoraparamError as LoraparamError
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttachError",
     "DoRA",
+    "EffectiveWeight",
     "FormatError",
     "Full",
     "Layout",
@@ -63,6 +66,7 @@ __all__ = [
     "detached",
     "disabled",
     "effective_weight",
+    "execution",
     "functional",
     "load",
     "load_state_dict",

@@ -9,8 +9,7 @@ import torch
 from torch import Generator, nn
 
 from . import slices, targets
-from .catalogue import Catalogue, catalogue, shown_value
-from .effective import AdapterFactors, AdapterStack
+from .catalogue import Catalogue, catalogue
 from .errors import AttachError, LoraparamError, listed, nearest
 from .freezing import freeze as freeze_base
 from .freezing import unfreeze
@@ -25,6 +24,7 @@ from .plans import Plan, Row
 from .plans import plan as make_plan
 from .refusals import can_dequantize
 from .snapshots import undone_on_error
+from .stack import AdapterFactors, AdapterStack, dense_value
 from .suspension import refuse_suspended
 from .targets import Targets
 
@@ -141,7 +141,7 @@ def _entry(row: Row, name: str, factors: Factors | None, generator: Generator | 
     """A row's factors: the given ones, or fresh ones on top of the weight as it reads now."""
     assert row.place is not None
     with torch.no_grad():
-        weight = shown_value(row.place.module, row.place.name)
+        weight = dense_value(row.place.module, row.place.name)
         if factors is None:
             dense = weight.dequantize().to(weight.dtype) if can_dequantize(weight) else weight
             part = dense if row.part is None else row.part.take(dense)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .adapters import check_known
-from .effective import AdapterFactors, watching
+from .effective import watching
 from .errors import AttachError, listed
 from .hosts import Site, groups
 from .plans import table
+from .stack import AdapterFactors
 from .suspension import refuse_suspended
 
 
@@ -28,7 +29,8 @@ class ReportRow:
         path: the target.
         adapter: the adapter's name.
         reads: how often the parameter was read, at all its places.
-        merged: how many of the reads computed a dense effective weight.
+        factored: how many operations ran on the weight's parts.
+        merged: how many times the dense effective weight was computed.
         gradient: "arrived", "zero" (it arrived and was zero everywhere), "none", "frozen" (the factors do
             not require grad) or "off" (the adapter does not act).
         unread: places of a tied parameter that nothing read.
@@ -37,6 +39,7 @@ class ReportRow:
     path: str
     adapter: str
     reads: int
+    factored: int
     merged: int
     gradient: str
     unread: tuple[str, ...] = ()
@@ -69,7 +72,8 @@ class Report:
     def __str__(self) -> str:
         lines = [["target", "adapter", "reads", "execution", "gradient", "not read at"]]
         for row in self.rows:
-            execution = f"merged {row.merged}" if row.merged else "-"
+            counts = [f"{name} {n}" for name, n in (("factored", row.factored), ("merged", row.merged)) if n]
+            execution = ", ".join(counts) or "-"
             lines.append([row.path, row.adapter, str(row.reads), execution, row.gradient, ", ".join(row.unread)])
         return table(lines, right=(2,))
 
@@ -97,33 +101,41 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
         >>> _ = lp.attach(model, lp.LoRA(r=2), "0")
         >>> print(lp.check(model, torch.ones(1, 4)))
         target    adapter  reads  execution  gradient  not read at
-        0.weight  default      1  merged 1   arrived
+        0.weight  default      1  factored 1  arrived
     """
     refuse_suspended(model)
     check_known(model, None)
     found = groups(model)
     if not found:
         raise AttachError("nothing is attached to this model; lp.attach first")
-    reads: Counter[tuple[int, str]] = Counter()
+    events: Counter[tuple[int, str, str]] = Counter()
+
+    def watch(site: Any, event: str) -> None:
+        if site is not None:
+            events[id(site[0]), site[1], event] += 1
+
     with _restored(model, args, kwargs), torch.enable_grad():
-        with watching(lambda module, name: reads.update([(id(module), name)])):
+        with watching(watch):
             outputs = model(*args, **kwargs)
             loss = _project(outputs)
             if loss is not None:
                 loss.backward()
-        rows = tuple(_row(group, entry, reads) for group in found for entry in group[0].stack.entries)
+        rows = tuple(_row(group, entry, events) for group in found for entry in group[0].stack.entries)
     _raise_on_dead(rows, has_loss=loss is not None)
     return Report(rows)
 
 
-def _row(group: list[Site], entry: AdapterFactors, reads: Counter[tuple[int, str]]) -> ReportRow:
-    counts = [reads[id(site.module), site.name] for site in group]
-    unread = tuple(site.path for site, count in zip(group, counts, strict=True) if not count)
+def _row(group: list[Site], entry: AdapterFactors, events: Counter[tuple[int, str, str]]) -> ReportRow:
+    def count(event: str) -> int:
+        return sum(events[id(site.module), site.name, event] for site in group)
+
+    unread = tuple(site.path for site in group if not events[id(site.module), site.name, "read"])
     return ReportRow(
         path=group[0].path + entry.suffix,
         adapter=entry.adapter,
-        reads=sum(counts),
-        merged=sum(counts) if entry.acting else 0,
+        reads=count("read"),
+        factored=count("factored"),
+        merged=count("merged"),
         gradient=_gradient(entry),
         unread=unread,
     )

@@ -1,189 +1,309 @@
-"""What reading an adapted parameter yields: the base, taken through its active adapters in order.
+"""What reading an adapted parameter yields: a tensor that keeps its parts until somebody needs the whole.
 
-``AdapterStack`` is the one parametrization a tensor gets, whatever number of adapters; each of its children
-holds the factors of one adapter at one target. ``AdapterStack.forward`` is the only place where methods are
-applied to weights; merging, disabling and state dicts are stated in terms of it.
+# Note [Three tiers]
+1. Operations in ``operations.py`` compute with the parts (``__torch_function__``): a thin product beside the base's.
+2. Every other operation sees the merged tensor, computed from the live factors, so autograd is exact.
+3. Code that bypasses ``__torch_function__`` (a custom ``autograd.Function``, reentrant checkpointing, scripted or C++
+   operators) reaches ``__torch_dispatch__``, where autograd is done already. So that no gradient is lost there, the
+   instance is the output of an ``autograd.Function`` of base and factors: a dense gradient that lands on it flows on.
+Under functorch transforms, tracing and forward-mode differentiation a read yields a plain dense tensor instead.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from .functional import compute_dtype
-from .layouts import Layout
-from .methods import Factors, Method
-from .refusals import can_dequantize
-from .slices import Slice
+from .errors import AttachError, LoraparamError
+from .forms import Form
 
+aten = torch.ops.aten
 
-class AdapterFactors(nn.Module):
-    """The factors of one adapter at one target: raw parameters of a leaf module.
-
-    Not nested ``nn.Linear``s, which passes over "all linears" (quantizing, wrapping, initialising) would catch.
-
-    Attributes:
-        adapter: the adapter's name.
-        method, layout, part: what is applied, how the target reads as a matrix, which slice it is.
-        shape: of the target.
-        strength: the weight w in W + w·(apply(W) − W); 0 is off.
-        holds: how many ``disabled`` blocks are open around it.
-    """
-
-    _strength: Tensor
-
-    def __init__(
-        self,
-        adapter: str,
-        method: Method,
-        layout: Layout,
-        part: Slice | None,
-        shape: tuple[int, ...],
-        factors: Factors,
-    ) -> None:
-        super().__init__()
-        self.shape = shape
-        self.adapter = adapter
-        self.method = method
-        self.layout = layout
-        self.part = part
-        self.strength = 1.0
-        self.holds = 0
-        self.names = tuple(factors)
-        for name, factor in factors.items():
-            self.register_parameter(name, nn.Parameter(factor))
-        device = next(iter(factors.values())).device if factors else torch.device("cpu")
-        # The number compiled code reads: changing a tensor's value recompiles nothing.
-        self.register_buffer("_strength", torch.ones((), device=device), persistent=False)
-
-    @property
-    def key(self) -> str:
-        """Its name in the stack: the adapter's name, and the slice in brackets."""
-        return self.adapter + self.suffix
-
-    @property
-    def suffix(self) -> str:
-        """The slice in brackets, or nothing."""
-        return "" if self.part is None else f"[{self.part.key}]"
-
-    @property
-    def acting(self) -> float:
-        """The strength in force: 0 inside ``disabled``."""
-        return 0.0 if self.holds else self.strength
-
-    def set_strength(self, strength: float | None = None, hold: int = 0) -> None:
-        """Change the strength, or open (+1) or close (-1) a ``disabled`` block."""
-        self.strength = self.strength if strength is None else strength
-        self.holds += hold
-        with torch.no_grad():
-            self._strength.fill_(self.acting)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterFactors:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # .half() must not round the strength, .to_empty() must not lose it.
-        self._strength = torch.full((), self.acting, dtype=torch.float32, device=self._strength.device)
-        return self
-
-    def factors(self) -> Factors:
-        """The factors by name."""
-        return {name: getattr(self, name) for name in self.names}
-
-    def update(self, weight: Tensor, strength: float | Tensor, noisy: bool) -> Tensor:
-        """The next weight of the stack: W + strength·(apply(W) − W) on this target's slice of it."""
-        before = weight if self.part is None else self.part.take(weight)
-        factors = self.factors()
-        if noisy:
-            factors = self.method.regularize(factors, self.layout)
-        after = self.method.apply(before, factors, self.layout)
-        if not (isinstance(strength, float) and strength == 1.0):
-            after = before + strength * (after - before)
-        return after if self.part is None else self.part.put(weight, after)
-
-    def extra_repr(self) -> str:
-        """The method, the strength, and the factors' shapes."""
-        shapes = ", ".join(f"{name} {tuple(getattr(self, name).shape)}" for name in self.names)
-        return f"{self.method}, strength={self.acting:g}, {shapes}"
+# {torch function: how it runs on the parts}; a handler returns NotImplemented where it needs the whole.
+HANDLERS: dict[Any, Callable[..., Any]] = {}
 
 
-class AdapterStack(nn.Module):
-    """All adapters on one tensor, in the order in which they act.
-
-    Registered once per tensor with ``torch.nn.utils.parametrize``; a tied tensor has the same stack at each
-    of its places. Its children, keyed ``<adapter>`` or ``<adapter>[<slice>]``, are ``AdapterFactors``.
+class Source(Protocol):
+    """What an effective weight is computed from.
 
     Attributes:
-        volatile: the layer writes into the weight it reads (an embedding with max_norm), so it is never
-            given the base itself.
+        tensors: everything differentiable that it depends on.
     """
 
-    def __init__(self, volatile: bool = False) -> None:
-        super().__init__()
-        self.volatile = volatile
+    tensors: list[Tensor]
 
-    @property
-    def entries(self) -> list[AdapterFactors]:
-        """The factors of each adapter and slice, in the order in which they act."""
-        return list(self._modules.values())  # type: ignore[arg-type]
+    def dense(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The merged weight of these tensors, in place of ``self.tensors``."""
 
-    def named(self, adapter: str) -> list[AdapterFactors]:
-        """The entries of one adapter."""
-        return [entry for entry in self.entries if entry.adapter == adapter]
-
-    def add(self, entry: AdapterFactors) -> None:
-        """Put an entry last."""
-        entry.train(self.training)
-        self._modules[entry.key] = entry
-
-    def reorder(self, adapters: list[str]) -> None:
-        """Let the named adapters act in this order, the others keeping their places after them."""
-        rank = {name: i for i, name in enumerate(adapters)}
-        ordered = sorted(self.entries, key=lambda entry: rank.get(entry.adapter, len(rank)))
-        if ordered != self.entries:
-            self._modules.clear()
-            self._modules.update({entry.key: entry for entry in ordered})
-
-    def forward(self, base: Tensor) -> Tensor:
-        """The effective weight, shaped and typed as the base."""
-        return self.compose(base, self.entries, noisy=self.training)
-
-    def compose(self, base: Tensor, entries: list[AdapterFactors], *, noisy: bool = False) -> Tensor:
-        """The base taken through these entries: W → first → second → …
-
-        The whole chain is computed in float32 or wider, outside of autocast, and rounded once.
-        """
-        if torch.compiler.is_compiling():
-            # Reading Python state would make each toggle and each new weight a recompilation.
-            steps: list[tuple[AdapterFactors, float | Tensor]] = [(entry, entry._strength) for entry in entries]
-        else:
-            steps = [(entry, entry.acting) for entry in entries if entry.acting != 0]
-        if not steps:
-            return base.clone() if self.volatile else base
-        with _no_autocast(base.device.type):
-            weight = base.dequantize() if can_dequantize(base) else base
-            weight = weight.to(compute_dtype(base.dtype))
-            for entry, strength in steps:
-                weight = entry.update(weight, strength, noisy)
-            return weight.to(base.dtype)
+    def form(self) -> Form | None:
+        """The weight in structured form, where it has one."""
 
 
-def _no_autocast(device_type: str) -> Any:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+class EffectiveWeight(torch.Tensor):
+    """A weight that is computed when it is used, and only as far as it is needed.
+
+    It cannot be written: a value written into it would vanish with it. ``detach()``, arithmetic and printing work
+    as on any tensor.
+    """
+
+    _source: Source
+    _site: Any
+    _detached: bool  # made by detach(), so that its requires_grad may be set
+    _is_leaf: bool  # requires_grad was set: gradients end here
+
+    @staticmethod
+    def __new__(cls, like: Tensor, source: Source, site: Any = None) -> EffectiveWeight:
+        weight: EffectiveWeight = torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, like.stride(), dtype=like.dtype, device=like.device
+        )
+        weight._source = source
+        weight._site = site
+        weight._detached = weight._is_leaf = False
+        return weight
+
+    def form(self) -> Form | None:
+        """The structured form. Not kept: checkpointing saves and recomputes the same operations only without."""
+        return None if self._is_leaf else self._source.form()
+
+    def dense(self) -> Tensor:
+        """The merged weight, differentiable."""
+        if self._is_leaf:
+            with torch._C.DisableTorchFunctionSubclass():
+                return self.clone()
+        tell(self._site, "merged")
+        return self._source.dense(self._source.tensors)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        elif is_metadata(func):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if sets_requires_grad(func, args):
+            args[0]._is_leaf = True
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        refuse_write(func, args, kwargs)
+        return func(*whole(args), **whole(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (aten.detach.default, aten.alias.default):
+            weight = EffectiveWeight(args[0], args[0]._source, args[0]._site)
+            weight._detached = True
+            return weight
+        if func._schema.is_mutable and args and isinstance(args[0], EffectiveWeight):
+            raise _write_error(str(func))
+        args, kwargs = tree_map_only(EffectiveWeight, _merged_data, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.dense().detach().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().detach().__reduce_ex__(protocol)
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"EffectiveWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
-# Called with (module, parameter name) at each read of an adapted parameter, while ``watching``.
-Watcher = Callable[[nn.Module, str], None]
+def _merged_data(weight: EffectiveWeight) -> Tensor:
+    """The merged weight without a graph, below autograd."""
+    tell(weight._site, "merged")
+    return weight._source.dense(weight._source.tensors).detach()
+
+
+class _Link(torch.autograd.Function):
+    """Makes an effective weight a function of its tensors, for code that bypasses ``__torch_function__``."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Source, like: Tensor, site: Any, *tensors: Tensor) -> EffectiveWeight:
+        ctx.source = source
+        ctx.save_for_backward(*tensors)
+        return EffectiveWeight(like, source, site)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        tensors = ctx.saved_tensors
+        pull_back: Any = torch.func.vjp(lambda *values: ctx.source.dense(values), *tensors)[1]
+        return None, None, None, *pull_back(grad)
+
+
+def make(source: Source, like: Tensor, site: Any = None) -> EffectiveWeight:
+    """An effective weight shaped, typed and placed as ``like``."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in source.tensors):
+        weight: EffectiveWeight = _Link.apply(source, like, site, *source.tensors)  # type: ignore[no-untyped-call]
+        return weight
+    return EffectiveWeight(like, source, site)
+
+
+class View:
+    """The source of a part of an effective weight: a form by itself."""
+
+    def __init__(self, form: Form) -> None:
+        self._form = form
+        self.tensors = form.tensors()
+
+    def dense(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The part, merged."""
+        return self._form.with_tensors(tensors).tensor()
+
+    def form(self) -> Form:
+        """The form itself."""
+        return self._form
+
+
+def view(weight: EffectiveWeight, form: Form | None) -> Any:
+    """A part of an effective weight, or NotImplemented where it has no form."""
+    return NotImplemented if form is None else make(View(form), form.weight, weight._site)
+
+
+def whole(tree: Any) -> Any:
+    """Nested arguments with every effective weight merged."""
+    return tree_map_only(EffectiveWeight, EffectiveWeight.dense, tree)
+
+
+# --- writes and metadata ------------------------------------------------------------------------------------
+
+_VALUES = {"data", "T", "H", "mT", "mH", "real", "imag"}
+_METADATA = {
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.ndimension,
+    torch.Tensor.numel,
+    torch.Tensor.nelement,
+    torch.Tensor.stride,
+    torch.Tensor.storage_offset,
+    torch.Tensor.is_contiguous,
+    torch.Tensor.is_floating_point,
+    torch.Tensor.is_complex,
+    torch.Tensor.is_inference,
+    torch.Tensor.element_size,
+    torch.Tensor.get_device,
+    torch.Tensor.__len__,
+    torch.Tensor.__hash__,
+    torch.Tensor.register_hook,
+    torch.Tensor.retain_grad,
+}
+_POINTERS = {"data_ptr", "untyped_storage", "storage", "_typed_storage"}
+
+
+def is_metadata(func: Any) -> bool:
+    """Whether a function reads only what a tensor is, not its values."""
+    if getattr(func, "__name__", "") == "__get__":
+        return getattr(func.__self__, "__name__", "") not in _VALUES
+    return func in _METADATA
+
+
+def sets_requires_grad(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a detached weight is made a leaf, as reentrant checkpointing does with its arguments."""
+    attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+    sets = func is torch.Tensor.requires_grad_ or (
+        getattr(func, "__name__", "") == "__set__" and attribute == "requires_grad"
+    )
+    return sets and isinstance(args[0], EffectiveWeight) and args[0]._detached
+
+
+def refuse_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise for what writes into an effective weight, or hands out its storage."""
+    name: str = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    writes = in_place or name in ("__set__", "__setitem__") or (name.startswith("__i") and name in _IN_PLACE)
+    # torch.nn.init passes its tensor by name.
+    target = args[0] if args else next(iter(kwargs.values()), None)
+    if isinstance(target, EffectiveWeight) and (writes or name in _POINTERS):
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        raise _write_error(f"setting .{attribute}" if name == "__set__" else f"{name}()")
+    if isinstance(kwargs.get("out"), EffectiveWeight):
+        raise _write_error("out=")
+
+
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_IN_PLACE = {f"__i{name}__" for name in _OPERATORS}
+
+
+def _write_error(what: str) -> LoraparamError:
+    return AttachError(
+        f"{what} on an effective weight: it is computed from the base and its adapters, so what is written is lost. "
+        "Write inside `with lp.detached(model):`, after lp.merge(model), or into the base at "
+        "module.parametrizations.<name>.original"
+    )
+
+
+# --- which execution ----------------------------------------------------------------------------------------
+
+_execution = ["factored"]
+
+
+@contextlib.contextmanager
+def execution(kind: str) -> Iterator[None]:
+    """Inside: reads yield structured weights where possible ("factored", the default), or dense ones ("merged").
+
+    Raises:
+        LoraparamError: another kind.
+
+    Example:
+        >>> import loraparam as lp
+        >>> model = torch.nn.Linear(4, 6)
+        >>> _ = lp.attach(model, lp.LoRA(r=2))
+        >>> with lp.execution("merged"):
+        ...     type(model.weight).__name__
+        'Tensor'
+    """
+    if kind not in ("factored", "merged"):
+        raise LoraparamError(f"execution {kind!r}; allowed: 'factored', 'merged'")
+    _execution.append(kind)
+    try:
+        yield
+    finally:
+        _execution.pop()
+
+
+def must_be_dense() -> bool:
+    """Whether a read has to yield a plain tensor: asked for, or under a transform that needs one."""
+    return (
+        _execution[-1] == "merged"
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or _mode(_FAKE) is not None
+        or _mode(_PROXY) is not None
+        or _mode(_FUNCTIONAL) is not None
+    )
+
+
+_mode = torch._C._get_dispatch_mode
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_FUNCTIONAL = torch._C._TorchDispatchModeKey.FUNCTIONAL
+
+
+# --- watching -----------------------------------------------------------------------------------------------
+
+# Called with ((module, parameter name), "read" | "factored" | "merged") while ``watching``.
+Watcher = Callable[[Any, str], None]
 _watchers: list[Watcher] = []
 
 
 @contextlib.contextmanager
 def watching(watcher: Watcher) -> Iterator[None]:
-    """Inside: ``watcher`` is told of each read of an adapted parameter."""
+    """Inside: ``watcher`` is told of each read of an adapted parameter, and of what becomes of it."""
     _watchers.append(watcher)
     try:
         yield
@@ -191,13 +311,12 @@ def watching(watcher: Watcher) -> Iterator[None]:
         _watchers.remove(watcher)
 
 
-def read(module: nn.Module, name: str, plist: nn.Module) -> Tensor:
-    """The value of an adapted parameter, as its property yields it."""
+def tell(site: Any, event: str) -> None:
+    """Tell the watchers."""
     for watcher in _watchers:
-        watcher(module, name)
-    try:
-        value: Tensor = plist()
-        return value
-    except AttributeError as error:
-        # Left alone it would surface as "module has no attribute 'weight'", and hasattr would say False.
-        raise RuntimeError(f"computing the effective {name!r} of {type(module).__name__} failed: {error}") from error
+        watcher(site, event)
+
+
+def watched() -> bool:
+    """Whether anybody is watching."""
+    return bool(_watchers)

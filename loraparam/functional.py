@@ -121,10 +121,14 @@ def row_norm(W: Tensor, axis: Axis = "out") -> Tensor:
 
 def _rescale(V: Tensor, m: Tensor, norm: Tensor, axis: Axis, eps: float) -> Tensor:
     """V·(m / (norm + eps)). The ratio comes first: where m equals the norm, V is returned bit for bit."""
+    return V * length_ratio(m, norm, eps).unsqueeze(-1 if axis == "out" else -2)
+
+
+def length_ratio(m: Tensor, norm: Tensor, eps: float = 0.0) -> Tensor:
+    """m / (norm + eps), what a row is multiplied with to have length m; m itself for a zero row, which stays zero."""
     norm = norm + eps
-    # 0/0 would be NaN in the value and in every gradient; a zero row has no direction and stays zero.
-    ratio = m / torch.where(norm == 0, torch.ones_like(norm), norm)
-    return V * ratio.unsqueeze(-1 if axis == "out" else -2)
+    # 0/0 would be NaN in the value and in every gradient.
+    return m / torch.where(norm == 0, torch.ones_like(norm), norm)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

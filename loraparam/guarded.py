@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from .catalogue import parametrized
-from .effective import AdapterStack, read
 from .errors import AttachError
+from .stack import AdapterStack, read
 
 # Which modules a stack is installed on: tells whether a walked part of a model holds all of a tied group.
 _places: weakref.WeakKeyDictionary[AdapterStack, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .catalogue import parametrized, walk
-from .effective import AdapterStack
 from .guarded import GuardedMeta, ensure_property, host_class, hosts_of, refresh_rnn, stack_of
+from .stack import AdapterStack
 
 _STATE = "_loraparam"
 

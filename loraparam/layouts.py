@@ -56,7 +56,7 @@ class Layout:
         order = self._order(len(shape))
         n_batch = len(self.batch)
         batch = tuple(shape[dim] for dim in order[:n_batch])
-        return batch, shape[self.out], math.prod(shape[dim] for dim in order[n_batch + 1 :])
+        return batch, shape[self.out], math.prod([shape[dim] for dim in order[n_batch + 1 :]])
 
     def is_matrix(self, shape: Sequence[int]) -> bool:
         """Whether the weight has an input dim at all: a bias or a norm's weight has none."""

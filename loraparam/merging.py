@@ -12,13 +12,13 @@ from torch.nn.utils import parametrize
 
 from . import slices
 from .adapters import check_known, drop, entries_of, refuse_outside, release
-from .catalogue import catalogue, parametrized, shown_value
-from .effective import AdapterFactors, AdapterStack
+from .catalogue import catalogue, parametrized
 from .errors import AttachError, LoraparamError, TargetError, nearest
 from .guarded import stack_of
 from .hosts import Site, groups
 from .layouts import Layout, layout_of
 from .snapshots import undone_on_error
+from .stack import AdapterFactors, AdapterStack, dense_value
 from .suspension import plain, refuse_suspended
 
 
@@ -252,7 +252,7 @@ def effective_weight(model: nn.Module, path: str) -> Tensor:
     if name not in known.leaves:
         raise TargetError(f"no parameter {name!r}{nearest(name, known.leaves)}")
     place = known.place(name)
-    weight = shown_value(place.module, place.name)
+    weight = dense_value(place.module, place.name)
     if not items:
         return weight
     if len(items) > 1:
@@ -265,4 +265,4 @@ def _layout_at(model: nn.Module, path: str) -> Layout:
     place = catalogue(model).place(path)
     stack = stack_of(place.module, place.name)
     whole = [entry.layout for entry in stack.entries if entry.part is None] if stack is not None else []
-    return whole[0] if whole else layout_of(place.module, place.name, shown_value(place.module, place.name).shape)
+    return whole[0] if whole else layout_of(place.module, place.name, dense_value(place.module, place.name).shape)

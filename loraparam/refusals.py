@@ -56,7 +56,8 @@ def _refuse_tensor(tensor: Tensor) -> None:
 
 def can_dequantize(tensor: Tensor) -> bool:
     """Whether the tensor is of a quantized subclass (torchao's, say) that yields its values."""
-    return type(tensor).dequantize is not Tensor.dequantize and type(tensor) is not nn.Parameter
+    kind = type(tensor)
+    return kind is not nn.Parameter and kind is not Tensor and kind.dequantize is not Tensor.dequantize
 
 
 def _is_sharded(tensor: Tensor) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .effective import AdapterFactors
+from .stack import AdapterFactors
 
 # Plain attributes that attaching, or what a user does with a plain model, may replace.
 _ATTRIBUTES = (

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import loraparam as lp
 from loraparam import guarded, merging
-from loraparam.effective import AdapterFactors, AdapterStack
 from loraparam.methods import REGISTRY
+from loraparam.methods.lowrank import LowRank
+from loraparam.stack import AdapterFactors, AdapterStack
 from loraparam.testing import check_layer, check_method, laws, layer_laws, method_laws
 
 make_layer: Callable[[], nn.Module] = lambda: nn.Linear(4, 3)  # noqa: E731
@@ -110,23 +111,29 @@ def _base_instead(self: AdapterStack, base: Tensor, entries: list[AdapterFactors
     return base * 1.0
 
 
-def _wrong_gradient(self: AdapterFactors, weight: Tensor, strength: float, noisy: bool) -> Tensor:
-    right = UPDATE(self, weight, strength, noisy)
+def _wrong_gradient(self: AdapterFactors, weight: Tensor, strength: float, factors: Any) -> Tensor:
+    right = UPDATE(self, weight, strength, factors)
     return right.detach() + 2 * (right - right.detach())
 
 
-def _ignores_strength(self: AdapterFactors, weight: Tensor, strength: float, noisy: bool) -> Tensor:
-    return UPDATE(self, weight, 1.0, noisy)
+def _ignores_strength(self: AdapterFactors, weight: Tensor, strength: float, factors: Any) -> Tensor:
+    return UPDATE(self, weight, 1.0, factors)
 
 
-def _off_by_some(self: AdapterFactors, weight: Tensor, strength: float, noisy: bool) -> Tensor:
-    return UPDATE(self, weight, strength, noisy) + 0.01
+def _off_by_some(self: LowRank, form: Any, factors: dict[str, Tensor]) -> Any:
+    return form.add(factors["lora_A"], factors["lora_B"] + 0.01, self.scale)
 
 
 def _writes_base(self: AdapterStack, base: Tensor, entries: list[AdapterFactors], *, noisy: bool = False) -> Tensor:
     with torch.no_grad():
         base.mul_(1.0001)
     return COMPOSE(self, base, entries, noisy=noisy)
+
+
+def _writes_base_when_read(self: AdapterStack, base: Tensor) -> Tensor:
+    with torch.no_grad():
+        base.mul_(1.0001)
+    return FORWARD(self, base)
 
 
 def _merges_base(plist: Any, stack: AdapterStack, entries: list[AdapterFactors]) -> dict[str, Tensor]:
@@ -147,14 +154,14 @@ def _plain_loading(self: nn.Module, *args: Any) -> None:
     nn.Module._load_from_state_dict(self, *args)
 
 
-UPDATE, COMPOSE = AdapterFactors.update, AdapterStack.compose
+UPDATE, COMPOSE, FORWARD = AdapterFactors.update, AdapterStack.compose, AdapterStack.forward
 
 # {law: (where, attribute, what breaks it)}
 BROKEN_LAYERS: dict[str, tuple[Any, str, Any]] = {
     "equivalence": (AdapterFactors, "update", _wrong_gradient),
-    "neutral_start": (AdapterFactors, "update", _off_by_some),
+    "neutral_start": (LowRank, "term", _off_by_some),
     "effect": (AdapterStack, "compose", _base_instead),
-    "exact_undo": (AdapterStack, "compose", _writes_base),
+    "exact_undo": (AdapterStack, "forward", _writes_base_when_read),
     "exact_blocks": (merging, "_folded", _merges_base),
     "merge_keeps_outputs": (merging, "_folded", _merges_base),
     "state_round_trip": (layer_laws, "load_state_dict", _loads_nothing),
@@ -180,6 +187,6 @@ def test_layer_law_fails(law: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_failures_name_law_and_subject(monkeypatch: pytest.MonkeyPatch) -> None:
     """The message says which law, which layer, which method, dtype and mode."""
-    monkeypatch.setattr(AdapterFactors, "update", _off_by_some)
+    monkeypatch.setattr(LowRank, "term", _off_by_some)
     with pytest.raises(AssertionError, match=r"law 'neutral_start' is broken by Linear, LoRA\(r=1.*train"):
         check_layer(make_layer, make_inputs, methods=[lp.LoRA(r=1)], only=["neutral_start"])

@@ -21,7 +21,9 @@ def subjects(layer: str, method: str, dtypes: tuple[torch.dtype, ...]) -> st.Sea
     """Draws a subject of one row of layers and one of methods."""
 
     def build(case: LayerCase, method: object, dtype: torch.dtype, training: bool) -> Subject:
-        return Subject(case.make_layer, case.make_inputs, method, dtype=dtype, training=training)
+        dtype = dtype if case.dtypes is None or dtype in case.dtypes else case.dtypes[0]
+        widest = torch.float64 if case.dtypes is None else case.dtypes[0]
+        return Subject(case.make_layer, case.make_inputs, method, dtype=dtype, training=training, widest=widest)
 
     return st.builds(build, LAYERS[layer], METHODS[method], st.sampled_from(dtypes), st.booleans())
 

@@ -12,7 +12,7 @@ from loraparam.testing import LayerCase
 
 SIZES: dict[str, Any] = {
     "hidden_size": 8,
-    "intermediate_size": 6,
+    "intermediate_size": 8,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
@@ -65,7 +65,7 @@ def expert_block(kind: str, implementation: str) -> nn.Module:
         config: Any = T.Qwen3MoeConfig(
             num_experts=4,
             num_experts_per_tok=2,
-            moe_intermediate_size=6,
+            moe_intermediate_size=8,
             decoder_sparse_step=1,
             mlp_only_layers=[],
             **SIZES,
@@ -79,7 +79,7 @@ def expert_block(kind: str, implementation: str) -> nn.Module:
         model = T.GptOssModel._from_config(config, experts_implementation=implementation)
         return ExpertBlock(model.layers[0].mlp.experts, routed=True)
     config = T.Llama4TextConfig(
-        num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=6, interleave_moe_layer_step=1, **SIZES
+        num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=8, interleave_moe_layer_step=1, **SIZES
     )
     return ExpertBlock(T.Llama4TextModel(config).layers[0].feed_forward.experts, routed=False)
 
@@ -89,7 +89,9 @@ def mixture(draw: st.DrawFn) -> LayerCase:
     """Expert stacks of Mixtral, Qwen3-MoE, GPT-OSS and Llama4, run by each of transformers' implementations."""
     kind = draw(st.sampled_from(["mixtral", "qwen3_moe", "gpt_oss", "llama4"]))
     implementation = draw(st.sampled_from(["eager", "batched_mm", "grouped_mm"]))
-    return LayerCase("mixture", lambda: expert_block(kind, implementation), lambda: (torch.randn(4, 8),))
+    # torch's grouped product knows no float64.
+    dtypes = (torch.float32, torch.bfloat16) if implementation == "grouped_mm" else None
+    return LayerCase("mixture", lambda: expert_block(kind, implementation), lambda: (torch.randn(4, 8),), dtypes)
 
 
 THIRD_PARTY_LAYERS: dict[str, st.SearchStrategy[LayerCase]] = {

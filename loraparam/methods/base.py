@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..errors import LoraparamError, TargetError
+from ..forms import Form
 from ..functional import compute_dtype
 from ..layouts import Layout
 
@@ -63,6 +64,13 @@ class Method(ABC):
     def apply(self, weight: Tensor, factors: Factors, layout: Layout) -> Tensor:
         """The effective weight, of ``weight``'s shape and dtype, differentiable in weight and factors."""
 
+    def factored(self, form: Form, factors: Factors) -> Form | None:
+        """The same map on a weight in structured form; None where it has none, and the weight is computed densely.
+
+        Checked against ``apply``: ``factored(Form(W, layout), factors).tensor()`` must be ``apply(W, …)``.
+        """
+        return None
+
     def regularize(self, factors: Factors, layout: Layout) -> Factors:
         """The factors as one training step sees them (dropout); called in training mode only."""
         return factors
@@ -71,6 +79,11 @@ class Method(ABC):
     def exact_gradient(self) -> bool:
         """Whether the backward pass is the derivative of ``apply``; DoRA with a detached norm says no."""
         return True
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether in training it acts on the layer's input, which a dense weight cannot express."""
+        return False
 
     def config(self) -> dict[str, Any]:
         """The hyperparameters as plain values: ``type(self)(**self.config()) == self``."""

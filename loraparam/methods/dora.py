@@ -11,10 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Generator, Tensor
 
 from ..errors import LoraparamError
-from ..functional import Axis, dora, row_norm
+from ..forms import Form
+from ..functional import Axis, dora, length_ratio, row_norm
 from ..layouts import Layout
 from .base import Factors, check_choice, check_number
 from .lowrank import DropoutOn, Init, LowRank
@@ -96,3 +98,11 @@ class DoRA(LowRank):
             eps=self.eps,
         )
         return layout.tensor(W, weight.shape)
+
+    def factored(self, form: Form, factors: Factors) -> Form | None:
+        """One more term, then rows (or columns) scaled."""
+        form = self.term(form, factors)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach_norm):
+            norm = form.norm(self.axis)
+        ratio = length_ratio(factors["magnitude"].to(norm.dtype), norm, self.eps)
+        return form.scale_rows(ratio) if self.axis == "out" else form.scale_cols(ratio)

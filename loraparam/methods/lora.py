@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from ..forms import Form
 from ..functional import lora
 from ..layouts import Layout
 from .base import Factors
@@ -65,3 +66,7 @@ class LoRA(LowRank):
         """W + s·B·A."""
         W = layout.matrix(weight)
         return layout.tensor(lora(W, factors["lora_A"], factors["lora_B"], self.scale), weight.shape)
+
+    def factored(self, form: Form, factors: Factors) -> Form:
+        """One more term."""
+        return self.term(form, factors)

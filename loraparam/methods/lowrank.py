@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..errors import LoraparamError, RankError
+from ..forms import Form
 from ..layouts import Layout
 from .base import Factors, Method, check_choice, check_number, factor_dtype, is_int, need_matrix
 
@@ -61,6 +62,16 @@ class LowRank(Method):
         alpha = self.r if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
+    @property
+    def needs_input(self) -> bool:
+        """Only with dropout of the input."""
+        return self.dropout > 0 and self.dropout_on == "input"
+
+    def term(self, form: Form, factors: Factors) -> Form:
+        """M + s·B·A."""
+        dropout = self.dropout if form.noisy and self.needs_input else 0.0
+        return form.add(factors["lora_A"], factors["lora_B"], self.scale, dropout)
+
     def config(self) -> dict[str, Any]:
         """The hyperparameters, under the names the constructor takes."""
         config = super().config()
@@ -69,13 +80,8 @@ class LowRank(Method):
 
     def regularize(self, factors: Factors, layout: Layout) -> Factors:
         """Inverted dropout of A's columns: the low-rank path loses whole input features."""
-        if self.dropout == 0:
+        if self.dropout == 0 or self.dropout_on == "input":
             return factors
-        if self.dropout_on == "input":
-            raise LoraparamError(
-                'dropout_on="input" drops elements of the layer\'s input, which a dense weight cannot '
-                'express; use dropout_on="weight", or eval()'
-            )
         A = factors["lora_A"]
         keep = torch.full_like(A[..., :1, :], 1 - self.dropout).bernoulli() / (1 - self.dropout)
         return {**factors, "lora_A": A * keep}

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from ..functional import Axis, magnitude, row_norm
+from ..forms import Form
+from ..functional import Axis, length_ratio, magnitude, row_norm
 from ..layouts import Layout
 from .base import Factors, Method, check_choice, need_matrix
 
@@ -45,3 +46,9 @@ class Magnitude(Method):
         """m·W/‖W‖; a zero row stays zero."""
         W = magnitude(layout.matrix(weight), factors["magnitude"], axis=self.axis)
         return layout.tensor(W, weight.shape)
+
+    def factored(self, form: Form, factors: Factors) -> Form | None:
+        """Rows (or columns) scaled."""
+        norm = form.norm(self.axis)
+        ratio = length_ratio(factors["magnitude"].to(norm.dtype), norm)
+        return form.scale_rows(ratio) if self.axis == "out" else form.scale_cols(ratio)

@@ -19,11 +19,13 @@ class LayerCase:
         name: its row in the table.
         make_layer: builds it.
         make_inputs: builds its positional arguments.
+        dtypes: those that the plain layer itself runs in; None for all.
     """
 
     name: str
     make_layer: Callable[[], nn.Module]
     make_inputs: Callable[[], Sequence[Any]]
+    dtypes: tuple[torch.dtype, ...] | None = None
 
 
 SIZE = st.integers(2, 5)

@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..adapters import attach
 from ..catalogue import Leaf, Place, catalogue
-from ..effective import AdapterFactors
 from ..errors import LoraparamError
 from ..hosts import groups
 from ..layouts import layout_of
 from ..methods import Full, Method
 from ..plans import Plan
+from ..stack import AdapterFactors
 from ..targets import Targets
 
 
@@ -33,6 +33,7 @@ class Subject:
         targets: to which parameters; None for all that the method fits.
         dtype: the layer and its floating-point inputs are cast to it; None leaves them.
         training: the layer's mode.
+        widest: the widest dtype the layer runs in, for computing the truth.
     """
 
     make_layer: Callable[[], nn.Module]
@@ -41,6 +42,7 @@ class Subject:
     targets: Targets | None = None
     dtype: torch.dtype | None = None
     training: bool = True
+    widest: torch.dtype = torch.float64
 
     def plain(self) -> nn.Module:
         """The layer with nothing attached, the same at each call."""

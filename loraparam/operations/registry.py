@@ -1,0 +1,39 @@
+"""Registering the operations that run on the parts of an effective weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ..effective import HANDLERS, EffectiveWeight, tell
+from ..forms import Form
+
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+def implements(*functions: Any) -> Callable[[Handler], Handler]:
+    """Register a handler for torch functions."""
+
+    def register(handler: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(functions, handler))
+        return handler
+
+    return register
+
+
+def form_of(weight: Any, *, drops: bool = False) -> Form | None:
+    """A tensor's structured form, if it has one that the operation can use.
+
+    ``drops``: the operation sees the layer's input and can drop its elements.
+    """
+    if not isinstance(weight, EffectiveWeight):
+        return None
+    form = weight.form()
+    if form is None or (form.drops_input and not drops):
+        return None
+    return form
+
+
+def ran(weight: EffectiveWeight) -> None:
+    """Say that an operation ran on the parts."""
+    tell(weight._site, "factored")

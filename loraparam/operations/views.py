@@ -1,0 +1,157 @@
+"""Shape operations that keep an effective weight's parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..effective import EffectiveWeight, view
+from ..forms import Form
+from .registry import form_of, implements
+
+
+def _part(weight: Any, form: Form | None) -> Any:
+    return view(weight, form) if form is not None else NotImplemented
+
+
+_PROPERTIES: tuple[Any, ...] = (torch.Tensor.T, torch.Tensor.mT)
+_TRANSPOSES = [getter.__get__ for getter in _PROPERTIES]
+
+
+@implements(torch.t, torch.Tensor.t, *_TRANSPOSES)
+def transpose_matrix(weight: Any) -> Any:
+    """The transposed matrix, or stack of matrices."""
+    form = form_of(weight, drops=True)
+    return NotImplemented if form is None else _part(weight, form.transpose())
+
+
+@implements(torch.transpose, torch.Tensor.transpose, torch.swapaxes, torch.Tensor.swapaxes)
+def transpose(weight: Any, dim0: int, dim1: int) -> Any:
+    """The last two dims exchanged."""
+    if not isinstance(weight, EffectiveWeight):
+        return NotImplemented
+    ndim = weight.dim()
+    if {dim0 % ndim, dim1 % ndim} != {ndim - 2, ndim - 1}:
+        return NotImplemented
+    return transpose_matrix(weight)
+
+
+@implements(torch.Tensor.permute, torch.permute)
+def permute(weight: Any, *dims: Any) -> Any:
+    """The last two dims exchanged, or nothing."""
+    order = list(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list, torch.Size)) else list(dims)
+    ndim = len(order)
+    if not isinstance(weight, EffectiveWeight) or ndim != weight.dim() or ndim < 2:
+        return NotImplemented
+    order = [dim % ndim for dim in order]
+    if order == list(range(ndim)):
+        return weight
+    if order == [*range(ndim - 2), ndim - 1, ndim - 2]:
+        return transpose_matrix(weight)
+    return NotImplemented
+
+
+@implements(torch.narrow, torch.Tensor.narrow)
+def narrow(weight: Any, dim: int, start: Any, length: int) -> Any:
+    """A block of output rows."""
+    form = form_of(weight, drops=True)
+    if form is None or not isinstance(start, int):
+        return NotImplemented
+    dim, size = dim % form.weight.dim(), form.weight.shape[dim]
+    return _part(weight, form.narrow(dim, start % size if start < 0 else start, length))
+
+
+@implements(torch.chunk, torch.Tensor.chunk)
+def chunk(weight: Any, chunks: int, dim: int = 0) -> Any:
+    """Equal blocks of output rows."""
+    size = weight.shape[dim]
+    return split(weight, -(-size // chunks), dim)
+
+
+@implements(torch.split, torch.Tensor.split, torch.split_with_sizes, torch.Tensor.split_with_sizes)
+def split(weight: Any, split_size_or_sections: Any, dim: int = 0) -> Any:
+    """Blocks of output rows."""
+    form = form_of(weight, drops=True)
+    if form is None or dim % form.weight.dim() != form.layout.out:
+        return NotImplemented
+    size, sections = form.weight.shape[dim], split_size_or_sections
+    if isinstance(sections, int):
+        sections = [min(sections, size - start) for start in range(0, size, sections)]
+    starts = [sum(sections[:i]) for i in range(len(sections))]
+    return tuple(
+        view(weight, form.narrow(form.layout.out, start, n)) for start, n in zip(starts, sections, strict=True)
+    )
+
+
+@implements(torch.select, torch.Tensor.select)
+def select(weight: Any, dim: int, index: Any) -> Any:
+    """One matrix of a stack."""
+    form = form_of(weight, drops=True)
+    if form is None or dim % form.weight.dim() != 0 or not isinstance(index, int):
+        return NotImplemented
+    return _part(weight, form.take(index))
+
+
+@implements(torch.unbind, torch.Tensor.unbind)
+def unbind(weight: Any, dim: int = 0) -> Any:
+    """The matrices of a stack."""
+    form = form_of(weight, drops=True)
+    if form is None or dim != 0 or form.layout.batch != (0,):
+        return NotImplemented
+    return tuple(view(weight, form.take(index)) for index in range(form.weight.shape[0]))
+
+
+@implements(torch.Tensor.__iter__)
+def iterate(weight: Any) -> Any:
+    """The matrices of a stack, one after the other."""
+    parts = unbind(weight)
+    return parts if parts is NotImplemented else iter(parts)
+
+
+@implements(torch.Tensor.__getitem__)
+def getitem(weight: Any, index: Any) -> Any:
+    """A matrix of a stack by index, several by a vector of indices, or a block of output rows."""
+    form = form_of(weight, drops=True)
+    if form is None:
+        return NotImplemented
+    if isinstance(index, slice) and index.step in (None, 1):
+        start, stop, _ = index.indices(form.weight.shape[0])
+        return _part(weight, form.narrow(0, start, max(0, stop - start)))
+    if isinstance(index, bool) or not isinstance(index, (int, Tensor)):
+        return NotImplemented
+    if isinstance(index, Tensor):
+        if index.dtype not in (torch.int64, torch.int32) or isinstance(index, EffectiveWeight) or index.dim() > 1:
+            return NotImplemented
+        index = index if index.dim() else int(index)
+    return _part(weight, form.take(index))
+
+
+@implements(torch.Tensor.detach, torch.detach)
+def detach(weight: Any) -> Any:
+    """The same parts, without gradients."""
+    form = form_of(weight)
+    if form is None:
+        return NotImplemented
+    part = view(weight, form.with_tensors([t.detach() for t in form.tensors()]))
+    part._detached = True
+    return part
+
+
+@implements(torch.Tensor.to, torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16)
+def to(weight: Any, *args: Any, **kwargs: Any) -> Any:
+    """Itself, where nothing would change."""
+    if args or kwargs:
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        same = dtype in (None, weight.dtype) and device in (None, weight.device)
+        return weight if isinstance(weight, EffectiveWeight) and same else NotImplemented
+    return NotImplemented
+
+
+@implements(torch.Tensor.contiguous)
+def contiguous(weight: Any, **kwargs: Any) -> Any:
+    """Itself, where its parts lie as it says."""
+    form = form_of(weight, drops=True)
+    whole = form is not None and form.weight.is_contiguous(**kwargs)
+    return weight if whole else NotImplemented

@@ -1,0 +1,321 @@
+"""The modules that hold an adapter's factors, and how a base is taken through them.
+
+``AdapterStack`` is the one parametrization a tensor gets, whatever number of adapters; each of its children
+holds the factors of one adapter at one target. ``apply_steps`` is the only place where methods are applied to
+weights; merging, disabling and state dicts are stated in terms of it, and structured execution is checked
+against it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from . import operations as operations  # fills the handlers of EffectiveWeight
+from .catalogue import shown_value
+from .effective import EffectiveWeight, execution, make, must_be_dense, tell, watched
+from .errors import LoraparamError
+from .forms import Form, squared_norm
+from .functional import Axis, compute_dtype
+from .layouts import Layout
+from .methods import Factors, Method
+from .refusals import can_dequantize
+from .slices import Slice
+
+# One adapter acting at one target: (its entry, its strength, the factors as this read sees them).
+Step = tuple["AdapterFactors", float | Tensor, Factors]
+
+
+class AdapterFactors(nn.Module):
+    """The factors of one adapter at one target: raw parameters of a leaf module.
+
+    Not nested ``nn.Linear``s, which passes over "all linears" (quantizing, wrapping, initialising) would catch.
+
+    Attributes:
+        adapter: the adapter's name.
+        method, layout, part: what is applied, how the target reads as a matrix, which slice it is.
+        shape: of the target.
+        strength: the weight w in W + w·(apply(W) − W); 0 is off.
+        holds: how many ``disabled`` blocks are open around it.
+    """
+
+    _strength: Tensor
+
+    def __init__(
+        self,
+        adapter: str,
+        method: Method,
+        layout: Layout,
+        part: Slice | None,
+        shape: tuple[int, ...],
+        factors: Factors,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.adapter = adapter
+        self.method = method
+        self.layout = layout
+        self.part = part
+        self.strength = 1.0
+        self.holds = 0
+        self.names = tuple(factors)
+        for name, factor in factors.items():
+            self.register_parameter(name, nn.Parameter(factor))
+        device = next(iter(factors.values())).device if factors else torch.device("cpu")
+        # The number compiled code reads: changing a tensor's value recompiles nothing.
+        self.register_buffer("_strength", torch.ones((), device=device), persistent=False)
+
+    @property
+    def key(self) -> str:
+        """Its name in the stack: the adapter's name, and the slice in brackets."""
+        return self.adapter + self.suffix
+
+    @property
+    def suffix(self) -> str:
+        """The slice in brackets, or nothing."""
+        return "" if self.part is None else f"[{self.part.key}]"
+
+    @property
+    def acting(self) -> float:
+        """The strength in force: 0 inside ``disabled``."""
+        return 0.0 if self.holds else self.strength
+
+    def set_strength(self, strength: float | None = None, hold: int = 0) -> None:
+        """Change the strength, or open (+1) or close (-1) a ``disabled`` block."""
+        self.strength = self.strength if strength is None else strength
+        self.holds += hold
+        with torch.no_grad():
+            self._strength.fill_(self.acting)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterFactors:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # .half() must not round the strength, .to_empty() must not lose it.
+        self._strength = torch.full((), self.acting, dtype=torch.float32, device=self._strength.device)
+        return self
+
+    def factors(self) -> Factors:
+        """The factors by name."""
+        own = self._parameters
+        # Sharded training puts plain tensors in the parameters' place.
+        return {name: own[name] if name in own else getattr(self, name) for name in self.names}  # type: ignore[misc]
+
+    def seen(self, noisy: bool) -> Factors:
+        """The factors as one read sees them: in training, after dropout."""
+        return self.method.regularize(self.factors(), self.layout) if noisy else self.factors()
+
+    def update(self, weight: Tensor, strength: float | Tensor, factors: Factors) -> Tensor:
+        """The next weight of the stack: W + strength·(apply(W) − W) on this target's slice of it."""
+        before = weight if self.part is None else self.part.take(weight)
+        after = self.method.apply(before, factors, self.layout)
+        if not (isinstance(strength, float) and strength == 1.0):
+            after = before + strength * (after - before)
+        return after if self.part is None else self.part.put(weight, after)
+
+    def extend(self, form: Form, strength: float, factors: Factors) -> Form | None:
+        """``update`` on a weight in structured form; None where the result has none."""
+        if self.part is not None:
+            if self.part.index or form.window is not None:
+                return None
+            form = replace(form, window=(self.part.start, self.part.stop))
+        after = self.method.factored(form, factors)
+        if after is not None and strength != 1.0:
+            after = after.blend(form, strength)
+        return after if after is None or after.window is None else replace(after, window=None)
+
+    def extra_repr(self) -> str:
+        """The method, the strength, and the factors' shapes."""
+        shapes = ", ".join(f"{name} {tuple(getattr(self, name).shape)}" for name in self.names)
+        return f"{self.method}, strength={self.acting:g}, {shapes}"
+
+
+class AdapterStack(nn.Module):
+    """All adapters on one tensor, in the order in which they act.
+
+    Registered once per tensor with ``torch.nn.utils.parametrize``; a tied tensor has the same stack at each
+    of its places. Its children, keyed ``<adapter>`` or ``<adapter>[<slice>]``, are ``AdapterFactors``.
+
+    Attributes:
+        volatile: the layer writes into the weight it reads (an embedding with max_norm), so it is never
+            given the base itself.
+    """
+
+    def __init__(self, volatile: bool = False) -> None:
+        super().__init__()
+        self.volatile = volatile
+
+    @property
+    def entries(self) -> list[AdapterFactors]:
+        """The factors of each adapter and slice, in the order in which they act."""
+        return list(self._modules.values())  # type: ignore[arg-type]
+
+    def named(self, adapter: str) -> list[AdapterFactors]:
+        """The entries of one adapter."""
+        return [entry for entry in self.entries if entry.adapter == adapter]
+
+    def add(self, entry: AdapterFactors) -> None:
+        """Put an entry last."""
+        entry.train(self.training)
+        self._modules[entry.key] = entry
+
+    def reorder(self, adapters: list[str]) -> None:
+        """Let the named adapters act in this order.
+
+        Nothing moves where they do already: compiled code is specialised on the order, not on what is active.
+        """
+        rank = {name: i for i, name in enumerate(adapters)}
+        acting = [rank[entry.adapter] for entry in self.entries if entry.adapter in rank]
+        if acting == sorted(acting):
+            return
+        ordered = sorted(self.entries, key=lambda entry: rank.get(entry.adapter, len(rank)))
+        self._modules.clear()
+        self._modules.update({entry.key: entry for entry in ordered})
+
+    def forward(self, base: Tensor) -> Tensor:
+        """The effective weight, shaped and typed as the base."""
+        if must_be_dense():
+            return self.compose(base, self.entries, noisy=self.training)
+        steps = self._steps(self.entries, self.training)
+        if not steps:
+            return base.clone() if self.volatile else base
+        return make(Head(self, base, steps, self.training), base)
+
+    def compose(self, base: Tensor, entries: list[AdapterFactors], *, noisy: bool = False) -> Tensor:
+        """The base taken through these entries, densely: W → first → second → …"""
+        steps = self._steps(entries, noisy)
+        if not steps:
+            return base.clone() if self.volatile else base
+        return apply_steps(base, steps, noisy)
+
+    def _steps(self, entries: list[AdapterFactors], noisy: bool) -> list[Step]:
+        """What acts now. Compiled code reads the strength's tensor: Python state would recompile at each change."""
+        if torch.compiler.is_compiling():
+            return [(entry, entry._strength, entry.seen(noisy)) for entry in entries]
+        return [(entry, entry.acting, entry.seen(noisy)) for entry in entries if entry.acting != 0]
+
+    def squares(self, base: Tensor, layout: Layout, axis: Axis) -> Tensor:
+        """‖W‖² along an axis, kept for a frozen base until it changes."""
+        if base.requires_grad or base.is_inference():
+            return squared_norm(layout.matrix(base), axis)
+        # The version counts writes in place, the pointer tells a new storage, the reference a new tensor.
+        key = (base.data_ptr(), base._version, base.dtype, layout)
+        kept = _squares.setdefault(self, {})
+        if axis not in kept or kept[axis][0]() is not base or kept[axis][1] != key:
+            with torch.no_grad():
+                kept[axis] = (weakref.ref(base), key, squared_norm(layout.matrix(base), axis))
+        squares: Tensor = kept[axis][2]
+        return squares
+
+
+# {stack: {axis: (base, what it was like, ‖W‖²)}}; beside the modules, so that copies and pickles start without.
+_squares: weakref.WeakKeyDictionary[AdapterStack, dict[Axis, Any]] = weakref.WeakKeyDictionary()
+
+
+def apply_steps(base: Tensor, steps: Sequence[Step], noisy: bool) -> Tensor:
+    """The chain of ``apply``s: in float32 or wider, outside of autocast, rounded once."""
+    with _no_autocast(base.device.type):
+        weight = base.dequantize() if can_dequantize(base) else base
+        weight = weight.to(compute_dtype(base.dtype))
+        for entry, strength, factors in steps:
+            if noisy and entry.method.needs_input:
+                raise LoraparamError(
+                    f"{entry.method} in training drops elements of the layer's input, which a dense weight cannot "
+                    'express, and this operation needs one; use dropout_on="weight", or eval()'
+                )
+            weight = entry.update(weight, strength, factors)
+        return weight.to(base.dtype)
+
+
+class Head:
+    """The source of a whole effective weight: a base and the steps that act on it."""
+
+    def __init__(self, stack: AdapterStack, base: Tensor, steps: Sequence[Step], noisy: bool) -> None:
+        self._stack, self._base, self._steps, self._noisy = stack, base, steps, noisy
+        self.tensors = [base, *(factor for _, _, factors in steps for factor in factors.values())]
+
+    def dense(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The merged weight of these tensors."""
+        base, *rest = tensors
+        queue = iter(rest)
+        steps = [(entry, strength, {name: next(queue) for name in own}) for entry, strength, own in self._steps]
+        return apply_steps(base, steps, self._noisy)
+
+    def form(self) -> Form | None:
+        """The steps' structured form; None where one of them has none."""
+        layout = self._layout()
+        if layout is None or self._stack.volatile:
+            return None
+        base = self._base
+        form: Form | None = Form(
+            base, layout, noisy=self._noisy, squares=lambda axis: self._stack.squares(base, layout, axis)
+        )
+        if torch.is_autocast_enabled(base.device.type):
+            with torch.autocast(base.device.type, enabled=False):
+                return self._extended(form)
+        return self._extended(form)
+
+    def _extended(self, form: Form | None) -> Form | None:
+        for entry, strength, factors in self._steps:
+            if form is None:
+                return None
+            form = entry.extend(form, strength, factors)  # type: ignore[arg-type]
+        return form
+
+    def _layout(self) -> Layout | None:
+        """The layout that all steps read the whole weight by."""
+        layout = self._steps[0][0].layout
+        for entry, _, _ in self._steps:
+            if entry.layout != layout or (entry.part is not None and entry.part.index):
+                return None
+        return layout
+
+
+def _no_autocast(device_type: str) -> Any:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def read(module: nn.Module, name: str, plist: nn.Module) -> Tensor:
+    """The value of an adapted parameter, as its property yields it."""
+    try:
+        value = _evaluate(plist)
+    except AttributeError as error:
+        # Left alone it would surface as "module has no attribute 'weight'", and hasattr would say False.
+        raise RuntimeError(f"computing the effective {name!r} of {type(module).__name__} failed: {error}") from error
+    if watched():
+        site = (module, name)
+        tell(site, "read")
+        if isinstance(value, EffectiveWeight):
+            value._site = site
+        else:
+            tell(site, "merged")
+    return value
+
+
+def dense_value(module: nn.Module, name: str) -> Tensor:
+    """What reading a parameter yields, as a plain tensor, with nothing drawn or updated on the way."""
+    with execution("merged"):
+        return shown_value(module, name)
+
+
+def _evaluate(plist: nn.Module) -> Tensor:
+    """``plist()``, by a shorter way where a stack is all there is and nothing hooks into the call."""
+    first, *others = plist._modules.values()
+    original = plist._parameters.get("original")
+    direct = (
+        not others
+        and original is not None
+        and type(plist) is parametrize.ParametrizationList
+        and type(first) is AdapterStack
+        and not (plist._forward_pre_hooks or plist._forward_hooks or first._forward_pre_hooks or first._forward_hooks)
+        and not torch.compiler.is_compiling()
+    )
+    value: Tensor = first.forward(original) if direct else plist()  # type: ignore[union-attr]
+    return value

@@ -1,0 +1,271 @@
+"""Every route by which a weight can be used gives the value and the gradients of the merged weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import loraparam as lp
+
+METHODS = {
+    "lora": lp.LoRA(r=2, alpha=3),
+    "dora": lp.DoRA(r=2),
+    "dora_in": lp.DoRA(r=2, axis="in", detach_norm=False),
+    "magnitude": lp.Magnitude(),
+    "full": lp.Full(),
+}
+
+
+class Own(torch.autograd.Function):
+    """A kernel that takes the weight, as Liger's and Apex's do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return F.linear(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        return g @ w, g.t() @ x
+
+
+@torch.jit.script
+def scripted(x: Tensor, w: Tensor) -> Tensor:
+    return torch.matmul(x, w.t()).relu()
+
+
+def without_torch_function(x: Tensor, w: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return F.linear(x, w)
+
+
+def without_torch_function_views(x: Tensor, w: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return x @ w.t() + x @ w[1:3].t().sum(-1, keepdim=True)
+
+
+Route = Callable[[Tensor, Tensor], Tensor]
+
+# name: (what is done with x (5, 4) and a weight (6, 4), whether it runs on the parts)
+ROUTES: dict[str, tuple[Route, bool]] = {
+    "linear": (lambda x, w: F.linear(x, w), True),
+    "linear with bias": (lambda x, w: F.linear(x, w, torch.ones(6).to(x)), True),
+    "linear on a vector": (lambda x, w: F.linear(x[0], w), True),
+    "linear on 3 dims": (lambda x, w: F.linear(x.view(1, 5, 4), w), True),
+    "matmul": (lambda x, w: torch.matmul(x, w.t()), True),
+    "@ T": (lambda x, w: x @ w.T, True),
+    "@ mT": (lambda x, w: x @ w.mT, True),
+    "@ transpose": (lambda x, w: x @ w.transpose(-1, -2), True),
+    "@ permute": (lambda x, w: x @ w.permute(1, 0), True),
+    "weight @ x": (lambda x, w: w @ x.t(), True),
+    "weight @ vector": (lambda x, w: w @ x[0], True),
+    "mm": (lambda x, w: torch.mm(x, w.t()), True),
+    "mv": (lambda x, w: torch.mv(w, x[0]), True),
+    "addmm": (lambda x, w: torch.addmm(torch.ones(6).to(x), x, w.t()), True),
+    "addmm scaled": (lambda x, w: torch.addmm(torch.ones(5, 6).to(x), x, w.t(), beta=0.5, alpha=2), True),
+    "einsum": (lambda x, w: torch.einsum("ni,oi->no", x, w), True),
+    "einsum over out": (lambda x, w: torch.einsum("no,oi->ni", x @ torch.ones(4, 6).to(x), w), True),
+    "chunk": (lambda x, w: torch.cat([F.linear(x, part) for part in w.chunk(3)], -1), True),
+    "split": (lambda x, w: torch.cat([F.linear(x, part) for part in w.split([2, 4])], -1), True),
+    "rows": (lambda x, w: F.linear(x, w[1:4]), True),
+    "narrow": (lambda x, w: F.linear(x, w.narrow(0, 2, 3)), True),
+    "detach": (lambda x, w: F.linear(x, w.detach()) + F.linear(x, w), True),
+    "to its own dtype": (lambda x, w: F.linear(x, w.to(x.dtype).contiguous()), True),
+    "columns": (lambda x, w: F.linear(x[:, 1:3], w[:, 1:3]), False),
+    "element": (lambda x, w: x * w[2, 1], False),
+    "arithmetic": (lambda x, w: x @ (2 * w + 1).t(), False),
+    "cat": (lambda x, w: F.linear(x, torch.cat([w, w])), False),
+    "foreach": (lambda x, w: x @ torch._foreach_mul([w], 2.0)[0].t(), False),
+    "conv1d": (lambda x, w: F.conv1d(x.view(5, 4, 1), w.unsqueeze(-1)), False),
+    "bilinear": (lambda x, w: F.bilinear(x, x, w.view(6, 4, 1).expand(6, 4, 4)), False),
+    "aten operator": (lambda x, w: torch.ops.aten.linear(x, w), False),
+    "sdpa": (lambda x, w: F.scaled_dot_product_attention(x[None], w[None], w[None]), False),
+    "data is a constant": (lambda x, w: F.linear(x, w.data) + F.linear(x, w), True),
+    "own autograd.Function": (lambda x, w: Own.apply(x, w), True),
+    "reentrant checkpoint": (lambda x, w: checkpoint(F.linear, x, w, use_reentrant=True), True),
+    "checkpoint": (lambda x, w: checkpoint(F.linear, x, w, use_reentrant=False), True),
+    "scripted": (lambda x, w: scripted(x, w), False),
+    "torch function disabled": (without_torch_function, False),
+    "views, torch function disabled": (without_torch_function_views, False),
+}
+
+# What runs on the parts and needs the merged weight, too: recomputation makes its argument a leaf of its own.
+BOTH = {"data is a constant", "reentrant checkpoint"}
+
+
+class Use(nn.Module):
+    """A weight of its own, used by one route."""
+
+    def __init__(self, route: Route) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
+        self.route = route
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.route(x, self.weight)
+
+
+def adapted(route: Route, method: lp.Method, train_base: bool) -> Use:
+    torch.manual_seed(0)
+    module = Use(route)
+    lp.attach(module, method, "weight", freeze=not train_base)
+    with torch.no_grad():
+        for factor in lp.parameters(module):
+            factor.add_(0.3 * torch.randn_like(factor))
+    return module
+
+
+def gradients(module: Use) -> list[Tensor]:
+    """The output, and gradients of the input, the factors and the base."""
+    x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    y = module(x)
+    (y * torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2))).sum().backward()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [y.detach(), x.grad, *(p.grad for p in trained)]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("train_base", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_route(route: str, method: str, train_base: bool) -> None:
+    """Values and gradients of input, factors and base equal those of merged execution."""
+    function, _ = ROUTES[route]
+    got = gradients(adapted(function, METHODS[method], train_base))
+    with lp.execution("merged"):
+        want = gradients(adapted(function, METHODS[method], train_base))
+    for actual, expected in zip(got, want, strict=True):
+        assert actual is not None
+        assert_close(actual, expected, rtol=1e-9, atol=1e-10)  # float64, another order of sums
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("route", ROUTES)
+def test_route_runs_where_it_should(route: str) -> None:
+    """``check`` says which routes run on the parts."""
+    function, factored = ROUTES[route]
+    report = lp.check(adapted(function, METHODS["lora"], False), torch.randn(5, 4, dtype=torch.float64))
+    row = report["weight"]
+    assert (row.factored > 0, row.merged > 0) == (factored, route in BOTH or not factored)
+
+
+WRITES: dict[str, Callable[[nn.Module], Any]] = {
+    "zero_": lambda m: m.weight.zero_(),
+    "copy_": lambda m: m.weight.copy_(torch.zeros(6, 4)),
+    "init": lambda m: nn.init.normal_(m.weight),
+    "setitem": lambda m: m.weight.__setitem__(0, 1.0),
+    "+=": lambda m: m.weight.__iadd__(1),
+    ".data =": lambda m: setattr(m.weight, "data", torch.zeros(6, 4)),
+    "data_ptr": lambda m: m.weight.data_ptr(),
+    "out=": lambda m: torch.add(torch.ones(6, 4), 1, out=m.weight),
+    "requires_grad_": lambda m: m.weight.requires_grad_(False),
+    "reset_parameters": lambda m: m.reset_parameters(),
+    "aten": lambda m: torch.ops.aten.zero_(m.weight),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_writes_are_refused(write: str) -> None:
+    """What is written into a computed weight would vanish, so it raises with the way out."""
+    layer = nn.Linear(4, 6)
+    lp.attach(layer, lp.LoRA(r=2))
+    before = lp.merged_state_dict(layer)["weight"]
+    with torch.no_grad(), pytest.raises(lp.AttachError, match=r"lp\.detached"):
+        WRITES[write](layer)
+    assert_close(lp.merged_state_dict(layer)["weight"], before, rtol=0, atol=0)
+
+
+def test_second_derivatives() -> None:
+    """gradcheck and gradgradcheck hold through the factored linear, its fused backward and the fallback."""
+    for large in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 4).double()
+        lp.attach(layer, lp.LoRA(r=1))
+        x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+
+        def run(x: Tensor, A: Tensor, B: Tensor, large: bool = large, layer: nn.Module = layer) -> Tensor:
+            from loraparam import fused
+
+            if large:
+                return fused.linear(x, layer.parametrizations.weight.original, layer.bias, None, A, B, 0.5)
+            names = {"lora_A": A, "lora_B": B}
+            state = {f"parametrizations.weight.0.default.{name}": t for name, t in names.items()}
+            return torch.func.functional_call(layer, state, (x,))
+
+        A, B = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((1, 3), (4, 1)))
+        assert torch.autograd.gradcheck(run, (x, A, B))
+        assert torch.autograd.gradgradcheck(run, (x, A, B))
+
+
+@pytest.mark.parametrize("ratio", [1e-4, 1e-3, 1e-2])
+def test_bfloat16_keeps_small_deltas(ratio: float) -> None:
+    """A delta of 1e-3·|W| survives to 1 % in factored execution; a merged bfloat16 weight rounds most of it away."""
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 256, bias=False).to(torch.bfloat16)
+    lp.attach(layer, lp.LoRA(r=4))
+    stack = layer.parametrizations.weight[0].default
+    with torch.no_grad():
+        W, A = layer.parametrizations.weight.original.float(), stack.lora_A
+        B = torch.randn(256, 4)
+        stack.lora_B.copy_(B * ratio * W.norm() / (B @ A).norm())
+        delta = stack.lora_B @ A
+        x = torch.randn(4096, 256).to(torch.bfloat16)
+        kept = {}
+        for kind in ("factored", "merged"):
+            with lp.execution(kind), lp.disabled(layer):
+                base = layer(x).float()
+            with lp.execution(kind):
+                got = layer(x).float() - base
+            # The share of the true difference that is found in the outputs.
+            true = x.float() @ delta.t()
+            kept[kind] = float((got * true).sum() / true.square().sum())
+    assert kept["factored"] == pytest.approx(1.0, abs=0.01 if ratio >= 1e-3 else 0.1)
+
+
+def test_no_graph_is_kept_and_no_cycle() -> None:
+    """An effective weight dies with its last reference."""
+    import gc
+    import weakref
+
+    layer = nn.Linear(4, 6)
+    lp.attach(layer, lp.DoRA(r=2))
+    gc.disable()
+    try:
+        weight = layer.weight
+        gone = weakref.ref(weight)
+        layer(torch.randn(2, 4)).sum().backward()
+        del weight
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_cached_norm_follows_the_base() -> None:
+    """A DoRA's cached ‖W‖² is computed anew after each way of changing the base."""
+    layer = nn.Linear(4, 6).double()
+    lp.attach(layer, lp.DoRA(r=2))
+    x = torch.randn(3, 4, dtype=torch.float64)
+    base = layer.parametrizations.weight
+    changes: list[Callable[[], Any]] = [
+        lambda: layer.load_state_dict({"weight": torch.randn(6, 4), "bias": torch.randn(6)}),
+        lambda: base.original.mul_(2),
+        lambda: setattr(base.original, "data", torch.randn(6, 4, dtype=torch.float64)),
+        lambda: layer.load_state_dict(
+            {"weight": torch.randn(6, 4).double(), "bias": torch.randn(6).double()}, assign=True
+        ),
+    ]
+    for change in changes:
+        with torch.no_grad():
+            layer(x)
+            change()
+            with lp.execution("merged"):
+                want = layer(x)
+            assert_close(layer(x), want, rtol=1e-9, atol=1e-10)  # float64, another order of sums
