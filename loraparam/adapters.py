@@ -13,7 +13,6 @@ from .catalogue import Catalogue, catalogue
 from .errors import AttachError, LoraparamError, listed, nearest
 from .freezing import freeze as freeze_base
 from .freezing import unfreeze
-from .functional import compute_dtype
 from .guarded import stack_of
 from .hosts import Site, groups, install, places_outside, remove, sites
 from .layouts import Layout
@@ -123,8 +122,10 @@ def check_name(name: Any) -> None:
         raise AttachError(
             f"adapter name {name!r}; allowed: one path component without any of . / \\ : [ ] or NUL, such as 'style'"
         )
-    if hasattr(nn.Module(), name):
-        raise AttachError(f"adapter name {name!r} is an attribute of torch.nn.Module; use another, such as '{name}_1'")
+    if hasattr(AdapterStack(), name):
+        raise AttachError(
+            f"adapter name {name!r} is an attribute of the modules that hold adapters; use '{name}_1', say"
+        )
 
 
 def _refuse_duplicate(row: Row, name: str) -> None:
@@ -150,8 +151,8 @@ def _entry(row: Row, name: str, factors: Factors | None, generator: Generator | 
             except LoraparamError as error:
                 raise error.at(row.path) from None
         else:
-            dtype = compute_dtype(weight.dtype)
-            factors = {key: value.to(weight.device, dtype, copy=True) for key, value in factors.items()}
+            dtypes = row.factor_dtypes
+            factors = {key: value.to(weight.device, dtypes[key], copy=True) for key, value in factors.items()}
     return AdapterFactors(name, row.method, row.layout, row.part, row.shape, factors)
 
 
@@ -255,10 +256,11 @@ def activate(model: nn.Module, weights: Mapping[str, float]) -> None:
         check_known(model, name)
         if not is_number(weight):
             raise AttachError(f"adapter {name!r}: weight {weight!r}; allowed: a finite number")
-    for group in groups(model):
-        group[0].stack.reorder(list(weights))
-        for entry in group[0].stack.entries:
-            entry.set_strength(float(weights.get(entry.adapter, 0.0)))
+    with undone_on_error(model):
+        for group in groups(model):
+            group[0].stack.reorder(list(weights))
+            for entry in group[0].stack.entries:
+                entry.set_strength(float(weights.get(entry.adapter, 0.0)))
 
 
 def adapters(model: nn.Module) -> dict[str, dict[str, Method]]:

@@ -89,7 +89,10 @@ def walk(module: nn.Module, path: str = "", above: frozenset[int] = frozenset())
 
 def parametrized(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:
     """The parametrization lists on a module's own tensors, by name."""
-    lists = module.__dict__.get("_modules", {}).get("parametrizations")
+    # A script module's container has no get().
+    if "parametrizations" not in module._modules:
+        return {}
+    lists = module._modules["parametrizations"]
     if not isinstance(lists, nn.ModuleDict):
         return {}
     return {name: plist for name, plist in lists._modules.items() if isinstance(plist, parametrize.ParametrizationList)}
@@ -114,7 +117,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor | None, str]]:
     """(name, base tensor, reason it cannot be adapted) of a module's own parameters."""
     outdated = _recomputed_by_hook(module)
     lists = parametrized(module)
-    names = list(module._parameters)
+    names = list(module._parameters.keys())
     for name in _original_order(module, names, list(lists)):
         if name in lists:
             original = lists[name]._parameters.get("original")

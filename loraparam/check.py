@@ -112,7 +112,7 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
     def watch(site: Any, event: str) -> None:
         if site is not None:
-            events[id(site[0]), site[1], event] += 1
+            events[*site, event] += 1
 
     with _restored(model, args, kwargs), torch.enable_grad():
         with watching(watch):
@@ -134,8 +134,8 @@ def _row(group: list[Site], entry: AdapterFactors, events: Counter[tuple[int, st
         path=group[0].path + entry.suffix,
         adapter=entry.adapter,
         reads=count("read"),
-        factored=count("factored"),
-        merged=count("merged"),
+        factored=count("factored") if entry.acting else 0,
+        merged=count("merged") if entry.acting else 0,
         gradient=_gradient(entry),
         unread=unread,
     )

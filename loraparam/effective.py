@@ -296,7 +296,7 @@ _FUNCTIONAL = torch._C._TorchDispatchModeKey.FUNCTIONAL
 
 # --- watching -----------------------------------------------------------------------------------------------
 
-# Called with ((module, parameter name), "read" | "factored" | "merged") while ``watching``.
+# Called with ((id of the module, parameter name), "read" | "factored" | "merged") while ``watching``.
 Watcher = Callable[[Any, str], None]
 _watchers: list[Watcher] = []
 

@@ -93,6 +93,7 @@ def install(module: nn.Module, name: str, stack: AdapterStack, *, alias: bool = 
 def remove(module: nn.Module, name: str) -> None:
     """Take our stack off one parameter, in place; any other parametrization on it stays."""
     plist = parametrized(module)[name]
+    plist.__dict__.pop("_loraparam_alias", None)
     children = list(plist._modules.values())
     index = next(i for i, child in enumerate(children) if isinstance(child, AdapterStack))
     if len(children) > 1:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .errors import TargetError
 
+_MOST_DIMS = 64  # torch's own limit
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -38,10 +40,10 @@ class Layout:
     def __post_init__(self) -> None:
         dims = (self.out, *self.batch)
         # Values come from files too, where anything may stand.
-        valid = all(type(dim) is int and dim >= 0 for dim in dims)
+        valid = all(type(dim) is int and 0 <= dim < _MOST_DIMS for dim in dims)
         if not valid or len(set(dims)) != len(dims):
             raise TargetError(
-                f"Layout(out={self.out!r}, batch={self.batch!r}): dims are distinct, non-negative integers"
+                f"Layout(out={self.out!r}, batch={self.batch!r}); allowed: distinct integers in 0..{_MOST_DIMS - 1}"
             )
 
     def _order(self, ndim: int) -> list[int]:

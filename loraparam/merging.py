@@ -90,6 +90,7 @@ def _fold(group: list[Site], entries: list[AdapterFactors]) -> None:
     """Give a tensor's places a new base that holds these entries, in place."""
     site = group[0]
     plist = parametrized(site.module)[site.name]
+    _refuse_torn(group)
     with torch.no_grad():
         try:
             values = _folded(plist, site.stack, entries)
@@ -102,6 +103,20 @@ def _fold(group: list[Site], entries: list[AdapterFactors]) -> None:
             new = nn.Parameter(value, requires_grad=old.requires_grad)
             for other in group:
                 parametrized(other.module)[other.name]._parameters[key] = new
+
+
+def _refuse_torn(group: list[Site]) -> None:
+    """Raise where places that were tied when the adapter came on hold different values now."""
+    first, *others = ((site.path, parametrized(site.module)[site.name]._parameters) for site in group)
+    for path, originals in others:
+        for key, tensor in originals.items():
+            kept = first[1].get(key)
+            same = tensor is kept or (tensor is not None and kept is not None and torch.equal(tensor, kept))
+            if not same:
+                raise AttachError(
+                    f"{first[0]!r} and {path!r} were tied when the adapter came on and are not now; lp.detach, tie "
+                    "them or not, and attach again"
+                )
 
 
 def _check_finite(value: Tensor, path: str) -> None:
@@ -221,8 +236,9 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
     """
     refuse_suspended(model)
     held = [entry for _, entry in entries_of(model, name)]
-    for entry in held:
-        entry.set_strength(hold=+1)
+    with undone_on_error(model):
+        for entry in held:
+            entry.set_strength(hold=+1)
     try:
         yield model
     finally:
@@ -257,7 +273,10 @@ def effective_weight(model: nn.Module, path: str) -> Tensor:
         return weight
     if len(items) > 1:
         raise TargetError(f"{path!r}: one slice at a time, such as '{name}[{items[0]}]'")
-    return slices.resolve(items[0], place.module, place.name, weight.shape, _layout_at(model, name)).take(weight)
+    try:
+        return slices.resolve(items[0], place.module, place.name, weight.shape, _layout_at(model, name)).take(weight)
+    except LoraparamError as error:
+        raise error.at(name) from None
 
 
 def _layout_at(model: nn.Module, path: str) -> Layout:

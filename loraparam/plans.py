@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +44,7 @@ class Row:
     place: Place | None = field(repr=False, compare=False, default=None)
     part: Slice | None = field(repr=False, compare=False, default=None)
     factor_shapes: Mapping[str, tuple[int, ...]] = field(repr=False, compare=False, default_factory=dict)
+    factor_dtypes: Mapping[str, torch.dtype] = field(repr=False, compare=False, default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -204,21 +204,22 @@ def _row(leaf: Leaf, place: Place, part: Slice | None, method: Method, layout: L
     weight = weight if part is None else part.take(weight)
     try:
         # The method's own init says what it adds, so the shapes stand in one place only.
-        shapes = {name: tuple(factor.shape) for name, factor in method.init(weight, layout).items()}
+        factors = method.init(weight, layout)
     except LoraparamError as error:
         raise error.at(path) from None
     return Row(
         path=path,
         shape=tuple(weight.shape),
         method=method,
-        num_params=sum(math.prod(shape) for shape in shapes.values()),
+        num_params=sum(factor.numel() for factor in factors.values()),
         rule=rule,
         shared_with=tuple(other.path for other in leaf.places if other.path != place.path),
         layout=layout,
         leaf=leaf,
         place=place,
         part=part,
-        factor_shapes=shapes,
+        factor_shapes={name: tuple(factor.shape) for name, factor in factors.items()},
+        factor_dtypes={name: factor.dtype for name, factor in factors.items()},
     )
 
 

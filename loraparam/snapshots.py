@@ -19,6 +19,8 @@ _ATTRIBUTES = (
     "_flat_weight_refs",
     "training",
     "_non_persistent_buffers_set",
+    "_loraparam_alias",
+    "unsafe",
 )
 _DICTS = ("_parameters", "_buffers", "_modules")
 
@@ -32,7 +34,8 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, type(module), _members(module)) for module in model.modules()]
+        modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        self._modules = [(module, type(module), _members(module)) for module in modules]
         tensors = {
             id(t): t
             for m, _, _ in self._modules
@@ -40,6 +43,8 @@ class Snapshot:
             if t is not None
         }
         self._tensors = [(t, t.detach(), t.requires_grad) for t in tensors.values()]
+        grads = [(t, t.grad) for t in tensors.values() if t.is_leaf]
+        self._grads = [(t, grad, None if grad is None else grad.detach()) for t, grad in grads]
         self._entries = [(m, m.strength, m.holds) for m, _, _ in self._modules if isinstance(m, AdapterFactors)]
 
     def restore(self) -> None:
@@ -61,6 +66,11 @@ class Snapshot:
                 tensor.data = data
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)
+        for tensor, grad, grad_data in self._grads:
+            if grad is not None and grad_data is not None and _moved(grad, grad_data):
+                grad.data = grad_data
+            if tensor.grad is not grad:
+                tensor.grad = grad
         for entry, strength, holds in self._entries:
             if (entry.strength, entry.holds) != (strength, holds):
                 entry.set_strength(strength, holds - entry.holds)

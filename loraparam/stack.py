@@ -100,6 +100,13 @@ class AdapterFactors(nn.Module):
         self._strength = torch.full((), self.acting, dtype=torch.float32, device=self._strength.device)
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.holds:  # a copy made inside ``disabled`` has no block around it
+            self.holds = 0
+            self._buffers = dict(self._buffers)
+            self._strength = torch.full_like(self._strength, self.strength)
+
     def factors(self) -> Factors:
         """The factors by name."""
         own = self._parameters
@@ -290,7 +297,8 @@ def read(module: nn.Module, name: str, plist: nn.Module) -> Tensor:
         # Left alone it would surface as "module has no attribute 'weight'", and hasattr would say False.
         raise RuntimeError(f"computing the effective {name!r} of {type(module).__name__} failed: {error}") from error
     if watched():
-        site = (module, name)
+        # Not the module itself: an RNN keeps the last weights it read, and would keep itself alive.
+        site = (id(module), name)
         tell(site, "read")
         if isinstance(value, EffectiveWeight):
             value._site = site

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,22 +67,35 @@ def load_state_dict(
         raise StateError(f"adapter {name!r}: {'; '.join(parts)}{hint}; strict=False loads what fits")
     matching = {key: state[key] for key in own if key in state}
     for key, tensor in matching.items():
-        check_factor(key, tensor, own[key].shape)
-    with torch.no_grad():
-        for key, tensor in matching.items():
-            own[key].copy_(tensor)
+        check_factor(key, tensor, own[key].shape, own[key].dtype)
+    before = {key: own[key].clone() for key in matching}
+    try:
+        _copy(matching, own)
+    except BaseException:
+        _copy(before, own)
+        raise
     return Incompatible(missing, unexpected)
 
 
-def check_factor(key: str, tensor: Any, shape: tuple[int, ...] | torch.Size) -> None:
-    """Refuse a tensor that cannot be the factor at ``key``."""
+def _copy(values: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for key, value in values.items():
+            into[key].copy_(value)
+
+
+def check_factor(key: str, tensor: Any, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Refuse a tensor that cannot be the factor at ``key``, of this shape and dtype."""
     if not isinstance(tensor, Tensor):
         raise StateError(f"{key!r} is a {type(tensor).__name__}; allowed: a tensor of shape {tuple(shape)}")
     if tensor.shape != torch.Size(shape):
         raise StateError(f"{key!r} has shape {tuple(tensor.shape)}; the model takes {tuple(shape)}")
     if not tensor.is_floating_point():
         raise StateError(f"{key!r} has dtype {tensor.dtype}; allowed: a floating-point dtype")
-    if not bool(torch.isfinite(tensor).all()):
+    if tensor.is_meta or tensor.layout != torch.strided:
+        kind = "meta" if tensor.is_meta else str(tensor.layout)
+        raise StateError(f"{key!r} is a {kind} tensor; allowed: a dense one with values")
+    # As it will be kept: a float64 of 1e300 is infinite in float32.
+    if not bool(torch.isfinite(tensor.to(dtype)).all()):
         raise StateError(f"{key!r} holds NaN or infinity; a finite tensor is needed")
 
 

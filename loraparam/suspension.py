@@ -28,7 +28,7 @@ def plain(model: nn.Module, block: str, fold: Callable[[list[Site]], None] | Non
     """
     refuse_suspended(model, unless=block)
     before = Snapshot(model)
-    inside = {module: block for group in groups(model) for module in [s.module for s in group]}
+    inside = {module: block for module in model.modules() if module not in _suspended}
     try:
         for group in groups(model):
             if fold is not None:

@@ -123,15 +123,15 @@ def path_regex(pattern: str) -> re.Pattern[str]:
         >>> bool(path_regex("proj").fullmatch("layers.3.q_proj"))
         False
     """
-    regex = r"(?:[^.]+\.)*"
-    components = pattern.split(".")
-    for i, component in enumerate(components):
-        last = i == len(components) - 1
-        if component == "**":
-            regex += r"(?:[^.]+\.)*[^.]+" if last else r"(?:[^.]+\.)*"
-        else:
+    any_number = r"(?:[^.]+(?:\.|$))*"
+    regex, previous = any_number, "**"
+    for component in pattern.split("."):
+        if component != "**":
             name = re.escape(component).replace(r"\*", "[^.]*") if component != "*" else "[^.]+"
-            regex += name + ("" if last else r"\.")
+            regex += name + r"(?:\.|$)"
+        elif previous != "**":  # two in a row mean no more than one, and cost a search
+            regex += any_number
+        previous = component
     return re.compile(regex)
 
 

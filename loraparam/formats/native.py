@@ -22,7 +22,9 @@ from ..catalogue import Catalogue, catalogue
 from ..errors import FormatError, LoraparamError, StateError, listed, nearest
 from ..layouts import Layout
 from ..methods import REGISTRY, Factors, Method
+from ..methods.base import is_number
 from ..plans import Plan, Row, row_at
+from ..slices import overlap
 from ..state import check_factor, state_dict
 from .files import open_safetensors, parse_json, write_whole
 
@@ -65,6 +67,7 @@ def load(model: nn.Module, path: Path, name: str, *, check_base: bool = True) ->
     with open_safetensors(path) as file:
         targets = _targets(file.metadata() or {}, file_name)
         rows = [_row(known, target, about, file_name) for target, about in targets.items()]
+        _refuse_overlap(rows, file_name)
         factors = _factors(file, rows, file_name)
     if check_base:
         for row, about in zip(rows, targets.values(), strict=True):
@@ -72,6 +75,19 @@ def load(model: nn.Module, path: Path, name: str, *, check_base: bool = True) ->
     plan = Plan(tuple(rows))
     attach_rows(model, plan, name, factors)
     return plan
+
+
+def _refuse_overlap(rows: list[Row], file_name: str) -> None:
+    """Two targets of the file may be one parameter here, where it is tied."""
+    first: dict[int, list[Row]] = {}
+    for row in rows:
+        for other in first.setdefault(id(row.leaf), []):
+            if overlap(row.part, other.part):
+                raise FormatError(
+                    f"{file_name!r}: targets {other.path!r} and {row.path!r} are one parameter of this model; load "
+                    "into a model in which they are not tied"
+                )
+        first[id(row.leaf)].append(row)
 
 
 def _targets(metadata: dict[str, str], file_name: str) -> dict[str, Any]:
@@ -135,9 +151,10 @@ def _factors(file: Any, rows: list[Row], file_name: str) -> list[Factors]:
         if found != shape:
             raise FormatError(f"{file_name!r}, {key!r}: shape {found}; the model takes {shape}")
     tensors = {key: file.get_tensor(key) for key in expected}
+    dtypes = {f"{row.path}.{name}": dtype for row in rows for name, dtype in row.factor_dtypes.items()}
     try:
         for key, tensor in tensors.items():
-            check_factor(key, tensor, expected[key])
+            check_factor(key, tensor, expected[key], dtypes[key])
     except StateError as error:
         raise FormatError(f"{file_name!r}: {error}") from None
     return [{factor: tensors[f"{row.path}.{factor}"] for factor in row.factor_shapes} for row in rows]
@@ -162,7 +179,7 @@ def _check_base(known: Catalogue, row: Row, saved: Any, file_name: str) -> None:
     now = fingerprint(_base(known, row.path))
     if saved is None or now is None:
         return
-    if not (isinstance(saved, list) and len(saved) == len(now) and all(isinstance(v, (int, float)) for v in saved)):
+    if not (isinstance(saved, list) and len(saved) == len(now) and all(map(is_number, saved))):
         raise FormatError(f"{file_name!r}, target {row.path!r}: base {saved!r}; allowed: {len(now)} numbers")
     # 1 % of the typical element covers a change of dtype down to bfloat16 (0.4 %).
     typical = now[0] / max(1, row.leaf.base.numel() if row.leaf.base is not None else 1) ** 0.5

@@ -111,7 +111,7 @@ def factor_dtype(weight: Tensor) -> torch.dtype:
 
 def check_choice(method: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Refuse a hyperparameter outside its choices."""
-    if value not in allowed:
+    if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
         raise LoraparamError(f"{method}: {name}={value!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
@@ -122,7 +122,10 @@ def is_int(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number, and no boolean."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer no float can hold
+        return False
 
 
 def check_number(method: str, name: str, value: Any) -> None:

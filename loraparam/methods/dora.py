@@ -71,6 +71,7 @@ class DoRA(LowRank):
     def __post_init__(self, init: str) -> None:  # type: ignore[override]
         super().__post_init__(init)
         check_choice("DoRA", "axis", self.axis, ("out", "in"))
+        check_choice("DoRA", "detach_norm", self.detach_norm, (True, False))
         check_number("DoRA", "eps", self.eps)
         if self.eps < 0:
             raise LoraparamError(f"DoRA: eps={self.eps!r}; allowed: eps >= 0")

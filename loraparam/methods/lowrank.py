@@ -50,6 +50,7 @@ class LowRank(Method):
             raise RankError(f"{name}: r={self.r!r}; allowed: an integer in 1..min(out, in) of the weight")
         if self.alpha is not None:
             check_number(name, "alpha", self.alpha)
+        check_choice(name, "rslora", self.rslora, (True, False))
         check_number(name, "dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise LoraparamError(f"{name}: dropout={self.dropout!r}; allowed: 0 <= dropout < 1")

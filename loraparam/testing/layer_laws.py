@@ -157,17 +157,18 @@ def exact_blocks(subject: Subject) -> None:
     base = subject.run(subject.plain())
     # Whether a weight requires grad decides between two ways of summing inside torch.
     frozen = subject.run(subject.plain().requires_grad_(False))
-    layer = subject.adapted()
-    mark, outputs = _mark(layer), subject.run(copy.deepcopy(layer))
-    with disabled(layer):
-        identical(subject.run(copy.deepcopy(layer)), frozen, "outputs inside disabled()")
-    with detached(layer):
-        identical(subject.run(copy.deepcopy(layer)), base, "outputs inside detached()")
-        assert list(layer.state_dict()) == list(subject.plain().state_dict()), "keys inside detached()"
-    with merged(layer):
-        same(subject.run(copy.deepcopy(layer)), outputs, "outputs inside merged()")
-        assert list(layer.state_dict()) == list(subject.plain().state_dict()), "keys inside merged()"
-    _assert_mark(layer, mark)
+    outputs = subject.run(subject.adapted())
+    for block, expected in ((disabled, frozen), (detached, base), (merged, None)):
+        layer = subject.adapted()
+        mark = _mark(layer)
+        with block(layer):
+            if expected is None:
+                same(subject.run(layer), outputs, "outputs inside merged()")
+            else:
+                identical(subject.run(layer), expected, f"outputs inside {block.__name__}()")
+            if block is not disabled:
+                assert list(layer.state_dict()) == list(subject.plain().state_dict()), f"keys in {block.__name__}()"
+        _assert_mark(layer, mark)
 
 
 def merge_keeps_outputs(subject: Subject) -> None:
