@@ -14,9 +14,9 @@ from .errors import AttachError, LoraparamError, listed, nearest
 from .freezing import freeze as freeze_base
 from .freezing import unfreeze
 from .guarded import stack_of
-from .hosts import Site, groups, install, places_outside, remove, sites
+from .hosts import Site, groups, install, places_outside, release_hosts, remove, sites
 from .layouts import Layout
-from .managers import guard_managers, release_managers
+from .managers import guard_managers
 from .methods import Factors, Method
 from .methods.base import is_number
 from .plans import Plan, Row
@@ -218,7 +218,7 @@ def release(model: nn.Module) -> None:
     """Give the flags back and release the model's own methods, in place, once no adapter is left."""
     if not sites(model):
         unfreeze(model)
-        release_managers(model)
+        release_hosts(model)
 
 
 def refuse_outside(group: list[Site], action: str) -> None:

@@ -131,6 +131,12 @@ def length_ratio(m: Tensor, norm: Tensor, eps: float = 0.0) -> Tensor:
     return m / torch.where(norm == 0, torch.ones_like(norm), norm)
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; some devices, such as meta, have none."""
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype updates are computed in: float32 for anything narrower, else the weight's own.
 

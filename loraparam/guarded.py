@@ -81,14 +81,20 @@ class HostProperty(property):
             else:
                 module.__dict__[name] = value
 
-        super().__init__(get, set_)
+        def delete(module: nn.Module) -> None:
+            refuse_assignment(module, name)
+            if name not in module.__dict__:
+                raise AttributeError(name)
+            del module.__dict__[name]
+
+        super().__init__(get, set_, delete)
 
 
 def refuse_assignment(module: nn.Module, name: str) -> None:
     """Raise where an assignment would have to overwrite a computed weight."""
     if stack_of(module, name) is not None:
         raise AttachError(
-            f"{name!r} of {type(module).__name__} carries adapters, so it is computed and cannot be assigned; "
+            f"{name!r} of {type(module).__name__} carries adapters: it is computed, and cannot be assigned or deleted; "
             "lp.detach(model) or lp.merge(model) first, or assign inside `with lp.detached(model):`"
         )
 

@@ -133,6 +133,13 @@ def become_host(module: nn.Module) -> None:
     module.__class__ = host
 
 
+def release_hosts(model: nn.Module) -> None:
+    """Give every guarded module without adapters its class back, in place."""
+    for module in model.modules():
+        if is_guarded(module):
+            cease_host(module)
+
+
 def cease_host(module: nn.Module) -> None:
     """Restore the order of the parameters, and the class once nothing of ours is left, in place."""
     record: HostRecord = module.__dict__[_STATE]

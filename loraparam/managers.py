@@ -13,27 +13,38 @@ from torch import nn
 
 from .errors import AttachError, listed
 from .guarded import METHOD_GUARDS, plain_base
-from .hosts import become_host, cease_host, groups, is_guarded
+from .hosts import become_host, groups
 from .suspension import plain
 
 
 def guard_managers(model: nn.Module) -> None:
     """Guard the methods of every module that has them, in place, where embeddings or tied weights are adapted."""
-    if any(len(group) > 1 or isinstance(group[0].module, nn.Embedding) for group in groups(model)):
-        for module in model.modules():
-            if any(callable(getattr(type(module), name, None)) for name in METHOD_GUARDS):
-                become_host(module)
-
-
-def release_managers(model: nn.Module) -> None:
-    """Give such modules their class back, in place."""
     for module in model.modules():
-        if is_guarded(module):
-            cease_host(module)
+        if any(callable(getattr(type(module), name, None)) for name in METHOD_GUARDS) and _managed(module):
+            become_host(module)
+
+
+def _managed(model: Any) -> list[str]:
+    """The paths of adapted weights that the model's methods would replace: embeddings, heads, tied weights."""
+    ends = [_end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")]
+    return [
+        group[0].path
+        for group in groups(model)
+        if len(group) > 1 or isinstance(group[0].module, nn.Embedding) or any(s.module in ends for s in group)
+    ]
+
+
+def _end(model: Any, getter: str) -> Any:
+    try:
+        return getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _tie_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
     """``tie_weights`` on the plain model: right where it changes nothing, refused where it would."""
+    if not groups(self):
+        return plain_base(type(self)).tie_weights(self, *args, **kwargs)  # type: ignore[attr-defined]
     with plain(self, "detached"):
         before = _bindings(self)
         result = plain_base(type(self)).tie_weights(self, *args, **kwargs)  # type: ignore[attr-defined]
@@ -48,10 +59,8 @@ def _tie_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
     """``resize_token_embeddings``, refused while an embedding or a tied weight carries adapters."""
-    if new_num_tokens is None:
-        return plain_base(type(self)).resize_token_embeddings(self, None, *args, **kwargs)  # type: ignore[attr-defined]
-    adapted = [g[0].path for g in groups(self) if len(g) > 1 or isinstance(g[0].module, nn.Embedding)]
-    if adapted:
+    adapted = _managed(self)
+    if new_num_tokens is not None and adapted:
         raise AttachError(
             f"resize_token_embeddings() would replace {listed(adapted)}, which carries adapters of the old size; "
             "lp.detach or lp.merge first, resize, then attach"

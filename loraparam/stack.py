@@ -23,7 +23,7 @@ from .catalogue import shown_value
 from .effective import EffectiveWeight, execution, make, must_be_dense, tell, watched
 from .errors import LoraparamError
 from .forms import Form, squared_norm
-from .functional import Axis, compute_dtype
+from .functional import Axis, autocasts, compute_dtype
 from .layouts import Layout
 from .methods import Factors, Method
 from .refusals import can_dequantize
@@ -226,7 +226,7 @@ _squares: weakref.WeakKeyDictionary[AdapterStack, dict[Axis, Any]] = weakref.Wea
 
 def apply_steps(base: Tensor, steps: Sequence[Step], noisy: bool) -> Tensor:
     """The chain of ``apply``s: in float32 or wider, outside of autocast, rounded once."""
-    with _no_autocast(base.device.type):
+    with _no_autocast(base):
         weight = base.dequantize() if can_dequantize(base) else base
         weight = weight.to(compute_dtype(base.dtype))
         for entry, strength, factors in steps:
@@ -262,10 +262,10 @@ class Head:
         form: Form | None = Form(
             base, layout, noisy=self._noisy, squares=lambda axis: self._stack.squares(base, layout, axis)
         )
-        if torch.is_autocast_enabled(base.device.type):
-            with torch.autocast(base.device.type, enabled=False):
-                return self._extended(form)
-        return self._extended(form)
+        if not autocasts(base):
+            return self._extended(form)
+        with _no_autocast(base):
+            return self._extended(form)
 
     def _extended(self, form: Form | None) -> Form | None:
         for entry, strength, factors in self._steps:
@@ -283,10 +283,8 @@ class Head:
         return layout
 
 
-def _no_autocast(device_type: str) -> Any:
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+def _no_autocast(tensor: Tensor) -> Any:
+    return torch.autocast(tensor.device.type, enabled=False) if autocasts(tensor) else contextlib.nullcontext()
 
 
 def read(module: nn.Module, name: str, plist: nn.Module) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import AttachError
 from .freezing import unfreeze
-from .hosts import Site, groups, remove
+from .hosts import Site, groups, release_hosts, remove
 from .snapshots import Snapshot
 
 # Modules inside an open block, and the block's name.
@@ -36,6 +36,7 @@ def plain(model: nn.Module, block: str, fold: Callable[[list[Site]], None] | Non
             for site in group:
                 remove(site.module, site.name)
         unfreeze(model)
+        release_hosts(model)
         _suspended.update(inside)
         yield
     finally:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import fused
 from ..effective import EffectiveWeight
 from ..forms import Form, Term
+from ..functional import autocasts
 from ..refusals import can_dequantize
 from .registry import form_of, implements, ran
 
@@ -34,7 +35,7 @@ def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = Non
     A, B, scale = pair
     down, up = (B.mT, A.mT) if out_to_in else (A, B)
     plain = x.dim() >= 2 and form.weight.dim() == 2 and not can_dequantize(form.weight)
-    if plain and form.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if plain and form.weight.dtype == x.dtype and not autocasts(x):
         matrix = _matrix(form, out_to_in)
         if pre is None and isinstance(scale, float) and _worth_fusing(x, form):
             return fused.linear(x, matrix, bias, post, down, up, scale)
