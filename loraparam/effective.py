@@ -43,6 +43,9 @@ class Source(Protocol):
     def form(self) -> Form | None:
         """The weight in structured form, where it has one."""
 
+    def take(self, index: int | Tensor) -> Form | None:
+        """The form of ``weight[index]`` on a leading batch dim, without that of the whole."""
+
 
 class EffectiveWeight(torch.Tensor):
     """A weight that is computed when it is used, and only as far as it is needed.
@@ -166,6 +169,10 @@ class View:
     def form(self) -> Form:
         """The form itself."""
         return self._form
+
+    def take(self, index: int | Tensor) -> Form | None:
+        """A matrix of the stack, or several."""
+        return self._form.take(index)
 
 
 def view(weight: EffectiveWeight, form: Form | None) -> Any:

@@ -9,6 +9,7 @@ against it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -255,24 +256,25 @@ class Head:
 
     def form(self) -> Form | None:
         """The steps' structured form; None where one of them has none."""
-        layout = self._layout()
+        layout, base = self._layout(), self._base
         if layout is None or self._stack.volatile:
             return None
-        base = self._base
-        form: Form | None = Form(
-            base, layout, noisy=self._noisy, squares=lambda axis: self._stack.squares(base, layout, axis)
-        )
-        if not autocasts(base):
-            return self._extended(form)
-        with _no_autocast(base):
-            return self._extended(form)
+        squares = functools.partial(self._stack.squares, base, layout)
+        return _extended(Form(base, layout, noisy=self._noisy, squares=squares), self._steps)
 
-    def _extended(self, form: Form | None) -> Form | None:
-        for entry, strength, factors in self._steps:
-            if form is None:
-                return None
-            form = entry.extend(form, strength, factors)  # type: ignore[arg-type]
-        return form
+    def take(self, index: int | Tensor) -> Form | None:
+        """The form of one expert, or of several: a loop over experts must not normalise the whole stack each time."""
+        layout, base = self._layout(), self._base
+        whole = all(entry.part is None for entry, _, _ in self._steps)
+        if layout is None or layout.batch != (0,) or not whole:
+            return None
+        steps = [(e, strength, {name: t[index] for name, t in own.items()}) for e, strength, own in self._steps]
+        own_layout = layout.select(0) if isinstance(index, int) else layout
+
+        def squares(axis: Axis) -> Tensor:
+            return self._stack.squares(base, layout, axis)[index]
+
+        return _extended(Form(base[index], own_layout, noisy=self._noisy, squares=squares), steps)
 
     def _layout(self) -> Layout | None:
         """The layout that all steps read the whole weight by."""
@@ -281,6 +283,18 @@ class Head:
             if entry.layout != layout or (entry.part is not None and entry.part.index):
                 return None
         return layout
+
+
+def _extended(form: Form | None, steps: Sequence[Step]) -> Form | None:
+    """A form taken through the steps, outside of autocast."""
+    if form is not None and autocasts(form.weight):
+        with _no_autocast(form.weight):
+            return _extended(form, steps)
+    for entry, strength, factors in steps:
+        if form is None:
+            return None
+        form = entry.extend(form, strength, factors)  # type: ignore[arg-type]
+    return form
 
 
 def _no_autocast(tensor: Tensor) -> Any:

@@ -182,7 +182,7 @@ def test_writing_into_the_computed_weight_is_refused(write: Callable[[nn.Linear]
     """In-place writes, init functions and .data= act on a temporary and vanish without a word."""
     model = adapted()
     output = model(x())
-    with pytest.raises(lp.AttachError, match="on an effective weight: it is computed .* what is written is lost"):
+    with pytest.raises(lp.AttachError, match=r"on an effective weight: it is computed .* what is written is lost"):
         write(model)
     assert_close(model(x()), output, **EXACT)
 

@@ -88,10 +88,9 @@ def split(weight: Any, split_size_or_sections: Any, dim: int = 0) -> Any:
 @implements(torch.select, torch.Tensor.select)
 def select(weight: Any, dim: int, index: Any) -> Any:
     """One matrix of a stack."""
-    form = form_of(weight, drops=True)
-    if form is None or dim % form.weight.dim() != 0 or not isinstance(index, int):
+    if not isinstance(weight, EffectiveWeight) or dim % weight.dim() != 0 or not isinstance(index, int):
         return NotImplemented
-    return _part(weight, form.take(index))
+    return _taken(weight, index)
 
 
 @implements(torch.unbind, torch.Tensor.unbind)
@@ -101,6 +100,10 @@ def unbind(weight: Any, dim: int = 0) -> Any:
     if form is None or dim != 0 or form.layout.batch != (0,):
         return NotImplemented
     return tuple(view(weight, form.take(index)) for index in range(form.weight.shape[0]))
+
+
+def _taken(weight: EffectiveWeight, index: int | Tensor) -> Any:
+    return NotImplemented if weight._is_leaf else _part(weight, weight._source.take(index))
 
 
 @implements(torch.Tensor.__iter__)
@@ -113,19 +116,19 @@ def iterate(weight: Any) -> Any:
 @implements(torch.Tensor.__getitem__)
 def getitem(weight: Any, index: Any) -> Any:
     """A matrix of a stack by index, several by a vector of indices, or a block of output rows."""
-    form = form_of(weight, drops=True)
-    if form is None:
+    if not isinstance(weight, EffectiveWeight):
         return NotImplemented
     if isinstance(index, slice) and index.step in (None, 1):
-        start, stop, _ = index.indices(form.weight.shape[0])
-        return _part(weight, form.narrow(0, start, max(0, stop - start)))
+        form = form_of(weight, drops=True)
+        start, stop, _ = index.indices(weight.shape[0])
+        return NotImplemented if form is None else _part(weight, form.narrow(0, start, max(0, stop - start)))
     if isinstance(index, bool) or not isinstance(index, (int, Tensor)):
         return NotImplemented
     if isinstance(index, Tensor):
         if index.dtype not in (torch.int64, torch.int32) or isinstance(index, EffectiveWeight) or index.dim() > 1:
             return NotImplemented
         index = index if index.dim() else int(index)
-    return _part(weight, form.take(index))
+    return _taken(weight, index)
 
 
 @implements(torch.Tensor.detach, torch.detach)
