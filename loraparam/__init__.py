@@ -8,13 +8,13 @@ from .adapters import detach as detach
 from .check import Report as Report
 from .check import check as check
 from .effective import EffectiveWeight as EffectiveWeight
-from .effective import execution as execution
 from .errors import AttachError as AttachError
 from .errors import FormatError as FormatError
 from .errors import LoraparamError as LoraparamError
 from .errors import RankError as RankError
 from .errors import StateError as StateError
 from .errors import TargetError as TargetError
+from .execution import execution as execution
 from .formats import load as load
 from .formats import save as save
 from .layouts import Layout as Layout

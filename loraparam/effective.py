@@ -175,6 +175,30 @@ class View:
         return self._form.take(index)
 
 
+class Detached:
+    """The source of a weight whose gradients end here."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.tensors = [tensor.detach() for tensor in source.tensors]
+
+    def dense(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The merged weight."""
+        return self._source.dense(tensors).detach()
+
+    def form(self) -> Form | None:
+        """The form, without gradients."""
+        return _without_gradients(self._source.form())
+
+    def take(self, index: int | Tensor) -> Form | None:
+        """A matrix of the stack, or several, without gradients."""
+        return _without_gradients(self._source.take(index))
+
+
+def _without_gradients(form: Form | None) -> Form | None:
+    return None if form is None else form.with_tensors([tensor.detach() for tensor in form.tensors()])
+
+
 def view(weight: EffectiveWeight, form: Form | None) -> Any:
     """A part of an effective weight, or NotImplemented where it has no form."""
     return NotImplemented if form is None else make(View(form), form.weight, weight._site)
@@ -187,7 +211,7 @@ def whole(tree: Any) -> Any:
 
 # --- writes and metadata ------------------------------------------------------------------------------------
 
-_VALUES = {"data", "T", "H", "mT", "mH", "real", "imag"}
+_VALUES = {"T", "H", "mT", "mH", "real", "imag"}
 _METADATA = {
     torch.Tensor.size,
     torch.Tensor.dim,
@@ -250,55 +274,6 @@ def _write_error(what: str) -> LoraparamError:
         "Write inside `with lp.detached(model):`, after lp.merge(model), or into the base at "
         "module.parametrizations.<name>.original"
     )
-
-
-# --- which execution ----------------------------------------------------------------------------------------
-
-_execution = ["factored"]
-
-
-@contextlib.contextmanager
-def execution(kind: str) -> Iterator[None]:
-    """Inside: reads yield structured weights where possible ("factored", the default), or dense ones ("merged").
-
-    Raises:
-        LoraparamError: another kind.
-
-    Example:
-        >>> import loraparam as lp
-        >>> model = torch.nn.Linear(4, 6)
-        >>> _ = lp.attach(model, lp.LoRA(r=2))
-        >>> with lp.execution("merged"):
-        ...     type(model.weight).__name__
-        'Tensor'
-    """
-    if kind not in ("factored", "merged"):
-        raise LoraparamError(f"execution {kind!r}; allowed: 'factored', 'merged'")
-    _execution.append(kind)
-    try:
-        yield
-    finally:
-        _execution.pop()
-
-
-def must_be_dense() -> bool:
-    """Whether a read has to yield a plain tensor: asked for, or under a transform that needs one."""
-    return (
-        _execution[-1] == "merged"
-        or torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or _mode(_FAKE) is not None
-        or _mode(_PROXY) is not None
-        or _mode(_FUNCTIONAL) is not None
-    )
-
-
-_mode = torch._C._get_dispatch_mode
-_FAKE = torch._C._TorchDispatchModeKey.FAKE
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
-_FUNCTIONAL = torch._C._TorchDispatchModeKey.FUNCTIONAL
 
 
 # --- watching -----------------------------------------------------------------------------------------------

@@ -101,6 +101,8 @@ def refuse_assignment(module: nn.Module, name: str) -> None:
 
 _classes: dict[type, type] = {}
 
+_MARK = "_loraparam_guarded"  # on the guarded classes themselves, not on what is derived from them
+
 # {method name: function} that replaces a method of guarded classes that have it; filled by managers.py.
 METHOD_GUARDS: dict[str, Any] = {}
 
@@ -121,6 +123,7 @@ def host_class(base: type) -> type:
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
+            _MARK: True,
             "__reduce_ex__": _reduce_ex,
             "__setstate__": _setstate,
             "register_parameter": _register_parameter,
@@ -143,8 +146,18 @@ def ensure_property(cls: type, name: str) -> None:
 
 
 def plain_base(cls: type) -> type:
-    """The layer's own class behind a guarded one."""
-    return next(base for base in cls.__mro__ if not isinstance(base, GuardedMeta))
+    """The layer's own class behind a guarded one, and behind what others have put on top of that."""
+    guarded: type = next(base for base in cls.__mro__ if base.__dict__.get(_MARK))
+    return guarded.__bases__[0]
+
+
+def refuse_wrapped(module: nn.Module) -> None:
+    """Raise where another library has wrapped the guarded class, as FSDP does: its parameters are sharded."""
+    if not type(module).__dict__.get(_MARK):
+        raise AttachError(
+            f"its module was wrapped as {type(module).__name__} by {type(module).__module__} after the adapters came "
+            "on (sharded, most likely), so they cannot be taken off or folded; do it on the unsharded model"
+        )
 
 
 def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:

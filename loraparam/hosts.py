@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .catalogue import parametrized, walk
-from .guarded import GuardedMeta, ensure_property, host_class, hosts_of, refresh_rnn, stack_of
+from .guarded import GuardedMeta, ensure_property, host_class, hosts_of, refresh_rnn, refuse_wrapped, stack_of
 from .stack import AdapterStack
 
 _STATE = "_loraparam"
@@ -92,6 +92,7 @@ def install(module: nn.Module, name: str, stack: AdapterStack, *, alias: bool = 
 
 def remove(module: nn.Module, name: str) -> None:
     """Take our stack off one parameter, in place; any other parametrization on it stays."""
+    refuse_wrapped(module)
     plist = parametrized(module)[name]
     plist.__dict__.pop("_loraparam_alias", None)
     children = list(plist._modules.values())

@@ -21,8 +21,9 @@ from torch.nn.utils import parametrize
 
 from . import operations as operations  # fills the handlers of EffectiveWeight
 from .catalogue import shown_value
-from .effective import EffectiveWeight, execution, make, must_be_dense, tell, watched
+from .effective import EffectiveWeight, make, tell, watched
 from .errors import LoraparamError
+from .execution import execution, must_be_dense
 from .forms import Form, squared_norm
 from .functional import Axis, autocasts, compute_dtype
 from .layouts import Layout

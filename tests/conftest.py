@@ -13,8 +13,8 @@ import hypothesis
 import pytest
 import torch
 
-# Each xdist worker has a core of its own: more threads would only fight over it.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+# The tensors are tiny: more threads would only fight over the cores, with each other and with other workers.
+torch.set_num_threads(1)
 
 
 class _TorchRandom:

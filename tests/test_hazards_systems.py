@@ -273,7 +273,6 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.xfail(reason="taking adapters off a sharded model is not recognised yet")
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_taking_adapters_off_a_sharded_model_is_refused_by_name(change, mesh: DeviceMesh) -> None:
     """It succeeds, and the next forward meets a DTensor where FSDP no longer gathers."""

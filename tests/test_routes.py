@@ -98,7 +98,7 @@ ROUTES: dict[str, tuple[Route, bool]] = {
 }
 
 # What runs on the parts and needs the merged weight, too: recomputation makes its argument a leaf of its own.
-BOTH = {"data is a constant", "reentrant checkpoint"}
+BOTH = {"reentrant checkpoint"}
 
 
 class Use(nn.Module):

@@ -20,7 +20,7 @@ PACKAGE = "loraparam"
 # format or command needs no change to this list.
 FLOORS = (
     ("errors", "functional", "catalogue"),
-    ("layouts", "refusals", "fused"),
+    ("layouts", "refusals", "fused", "execution"),
     ("slices", "forms"),
     ("targets", "methods.base", "effective"),
     ("methods.lowrank", "operations.registry"),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..effective import EffectiveWeight, view
+from ..effective import Detached, EffectiveWeight, view
 from ..forms import Form
 from .registry import form_of, implements
 
@@ -17,6 +17,7 @@ def _part(weight: Any, form: Form | None) -> Any:
 
 
 _PROPERTIES: tuple[Any, ...] = (torch.Tensor.T, torch.Tensor.mT)
+_DATA: Any = torch.Tensor.data
 _TRANSPOSES = [getter.__get__ for getter in _PROPERTIES]
 
 
@@ -131,15 +132,12 @@ def getitem(weight: Any, index: Any) -> Any:
     return _taken(weight, index)
 
 
-@implements(torch.Tensor.detach, torch.detach)
+@implements(torch.Tensor.detach, torch.detach, _DATA.__get__)
 def detach(weight: Any) -> Any:
-    """The same parts, without gradients."""
-    form = form_of(weight)
-    if form is None:
-        return NotImplemented
-    part = view(weight, form.with_tensors([t.detach() for t in form.tensors()]))
-    part._detached = True
-    return part
+    """The same weight without gradients; ``.data`` is no more writable than the weight."""
+    detached = EffectiveWeight(weight, Detached(weight._source), weight._site)
+    detached._detached = True
+    return detached
 
 
 @implements(torch.Tensor.to, torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16)

@@ -1,0 +1,56 @@
+"""Whether a read yields a structured weight or a dense one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from .errors import LoraparamError
+
+_execution = ["factored"]
+
+
+@contextlib.contextmanager
+def execution(kind: str) -> Iterator[None]:
+    """Inside: reads yield structured weights where possible ("factored", the default), or dense ones ("merged").
+
+    Raises:
+        LoraparamError: another kind.
+
+    Example:
+        >>> import loraparam as lp
+        >>> model = torch.nn.Linear(4, 6)
+        >>> _ = lp.attach(model, lp.LoRA(r=2))
+        >>> with lp.execution("merged"):
+        ...     type(model.weight).__name__
+        'Tensor'
+    """
+    if kind not in ("factored", "merged"):
+        raise LoraparamError(f"execution {kind!r}; allowed: 'factored', 'merged'")
+    _execution.append(kind)
+    try:
+        yield
+    finally:
+        _execution.pop()
+
+
+def must_be_dense() -> bool:
+    """Whether a read has to yield a plain tensor: asked for, or under a transform that needs one."""
+    return (
+        _execution[-1] == "merged"
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or _mode(_FAKE) is not None
+        or _mode(_PROXY) is not None
+        or _mode(_FUNCTIONAL) is not None
+    )
+
+
+_mode = torch._C._get_dispatch_mode
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_FUNCTIONAL = torch._C._TorchDispatchModeKey.FUNCTIONAL
