@@ -44,8 +44,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Any, row: Any, A: Tensor, B: Tensor, scale: float) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
-        thin = (x2 @ A.t()).mul_(scale)
-        y, base = add_base(thin @ B.t(), x2, W, row)
+        thin = torch.mm(x2, A.t())
+        if scale != 1.0:
+            thin.mul_(scale)
+        y, base = add_base(torch.mm(thin, B.t()), x2, W, row)
         if bias is not None:
             y.add_(bias)
         ctx.save_for_backward(x, W, row, A, B, thin, base if row is not None and row.requires_grad else None)
@@ -63,9 +65,10 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_W = grad_bias = grad_row = grad_A = grad_B = None
         g_base = g if row is None else g * row
         if needs[0] or needs[4]:
-            g_thin = (g @ B) * scale
+            g_thin = torch.mm(g, B)
+            g_thin = g_thin if scale == 1.0 else g_thin * scale
         if needs[0]:
-            grad_x = (g_thin @ A).addmm_(g_base, W).view(x.shape)
+            grad_x = torch.mm(g_thin, A).addmm_(g_base, W).view(x.shape)
         if needs[1]:
             grad_W = g_base.t() @ x2
         if needs[2]:
@@ -73,8 +76,8 @@ class _Linear(torch.autograd.Function):
         if needs[3]:
             grad_row = (g * base).sum(0)
         if needs[4]:
-            grad_A = g_thin.t() @ x2
+            grad_A = torch.mm(g_thin.t(), x2)
         if needs[5]:
             # The thin matrix first: faster than gᵀ·thin by a third.
-            grad_B = (thin.t() @ g).t()
+            grad_B = torch.mm(thin.t(), g).t()
         return grad_x, grad_W, grad_bias, grad_row, grad_A, grad_B, None

@@ -1,0 +1,178 @@
+"""Training steps of adapted models beside the frozen model's own and PEFT's: ``python -m benchmarks.execution``.
+
+README.md in this folder says what each column is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .cases import Case, cases
+from .measures import Clock, forget_gradients, ratio, saved_bytes, step, temporaries, times
+from .overhead import overhead
+from .peers import disagreement
+from .report import environment, load, markdown
+from .variants import (
+    DORA,
+    FLOOR,
+    LORA,
+    MERGED_AWAY,
+    PEFT_DORA,
+    PEFT_LORA,
+    Comparison,
+    Variant,
+    compare,
+    limit,
+    missing,
+    weight_shapes,
+)
+
+TEMPORARIES, OVERHEAD = "temporaries", "overhead"
+TOLERANCE = 1e-3  # in float32, after all layers
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, print the tables, write them as JSON where asked to. Returns what JSON gets."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    everything = [case.name for case in cases(tiny=options.tiny)] + [TEMPORARIES, OVERHEAD]
+    for pattern in options.only or ():
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in everything):
+            parser.error(f"--only {pattern!r} matches nothing; allowed: {', '.join(everything)}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    chosen = [case for case in cases(tiny=options.tiny) if _wanted(case.name, options.only)]
+    result: dict[str, Any] = {"environment": environment(), "steps": options.steps, "tiny": options.tiny}
+    result["clock"] = "CPU time" if options.cpu_time else "wall time"
+    result |= {"cases": [], "temporaries": {}, "overhead": {}, "skipped": {}}
+    for case in tqdm(chosen, desc="steps", disable=None):
+        torch.manual_seed(0)
+        _one_case(case, result, steps=options.steps, clock=clock)
+    if _wanted(TEMPORARIES, options.only):
+        _all_temporaries(result)
+    if _wanted(OVERHEAD, options.only):
+        torch.manual_seed(0)
+        rounds, calls = (3, 3) if options.tiny else (101, 50)
+        result["overhead"] = overhead(rounds=rounds, calls_a_round=calls, clock=clock)
+    result["environment"]["load after"] = load()
+    sys.stdout.write(markdown(result))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    names = [*(case.name for case in cases(tiny=False)), TEMPORARIES, OVERHEAD]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.execution", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help=f"what to measure, * allowed, of: {', '.join(names)}")
+    parser.add_argument("--steps", type=_positive, default=21, help="rounds of steps (default: %(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="small models: a check that it runs, not a measurement")
+    parser.add_argument("--threads", type=_positive, help="torch's threads (default: torch's choice)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count CPU seconds: for a busy machine, with --threads 1"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to a file as well")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}; allowed: 1 or more")
+    return number
+
+
+def _wanted(name: str, only: list[str] | None) -> bool:
+    return only is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in only)
+
+
+def _one_case(case: Case, result: dict[str, Any], *, steps: int, clock: Clock) -> None:
+    """Measure a case into the result."""
+    if reason := missing(case.needs):
+        result["skipped"][case.name] = {"all": reason}
+        return
+    found = compare(case)
+    if found.skipped:
+        result["skipped"][case.name] = found.skipped
+    x = case.x()
+    with torch.no_grad():
+        grad = torch.randn_like(case.call(found.variants[FLOOR].model, x))
+    agreement = _agreement(found, x, grad)
+    saved = {name: saved_bytes(case, variant, x) for name, variant in found.variants.items()}
+    seconds = times(case, found.variants.values(), x, grad, steps=steps, clock=clock)
+    pairs = {
+        name: ratio(seconds, name, over) for name, over in ((LORA, PEFT_LORA), (DORA, PEFT_DORA)) if over in seconds
+    }
+    result["cases"].append(
+        {
+            "name": case.name,
+            "about": case.about,
+            "r": case.r,
+            "limit": limit(case),
+            "floor_ms": statistics.median(seconds[FLOOR]) * 1e3,
+            "ratios": {name: ratio(seconds, name) for name in seconds if name != FLOOR},
+            "over_peft": pairs,
+            "saved": saved,
+            "agreement": agreement,
+            "differs": dict(case.differs),
+        }
+    )
+
+
+def _agreement(found: Comparison, x: torch.Tensor, grad: torch.Tensor) -> dict[str, float]:
+    """How far PEFT's output, and its gradient with respect to x, are from ours with the same factors.
+
+    Raises:
+        RuntimeError: too far, and no reason is known: comparing the times of the two would mean nothing.
+    """
+    case, far = found.case, {}
+    for ours, theirs in ((LORA, PEFT_LORA), (DORA, PEFT_DORA)):
+        if theirs in found.variants:
+            pairs = zip(
+                *(_output_and_gradient(case, found.variants[name], x, grad) for name in (ours, theirs)), strict=True
+            )
+            far[ours] = max(disagreement(mine, other) for mine, other in pairs)
+            if not (far[ours] <= TOLERANCE or ours in case.differs):
+                raise RuntimeError(f"{case.name}: {ours} and {theirs} differ by {far[ours]:.1e}")
+    return far
+
+
+def _output_and_gradient(case: Case, variant: Variant, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and x's gradient where x has one."""
+    forget_gradients(variant, x)
+    found = [step(case, variant, x, grad).detach()]
+    if x.grad is not None:
+        found.append(x.grad)
+    forget_gradients(variant, x)
+    return found
+
+
+def _all_temporaries(result: dict[str, Any]) -> None:
+    """Count in the tiny sizes, where no activation has the shape of a weight."""
+    for case in cases(tiny=True):
+        if missing(case.needs):
+            continue
+        torch.manual_seed(0)
+        found, x, shapes = compare(case), case.x(), weight_shapes(case)
+        grad = torch.randn_like(case.call(found.variants[FLOOR].model, x))
+        result["temporaries"][case.name] = {
+            name: temporaries(case, variant, x, grad, shapes)
+            for name, variant in found.variants.items()
+            if name != MERGED_AWAY
+        }
+
+
+if __name__ == "__main__":
+    main()
