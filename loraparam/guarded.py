@@ -147,8 +147,8 @@ def ensure_property(cls: type, name: str) -> None:
 
 def plain_base(cls: type) -> type:
     """The layer's own class behind a guarded one, and behind what others have put on top of that."""
-    guarded: type = next(base for base in cls.__mro__ if base.__dict__.get(_MARK))
-    return guarded.__bases__[0]
+    guarded = next((base for base in cls.__mro__ if base.__dict__.get(_MARK)), None)
+    return cls if guarded is None else guarded.__bases__[0]
 
 
 def refuse_wrapped(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import loraparam as lp
+from loraparam import fused
 
 METHODS = {
     "lora": lp.LoRA(r=2, alpha=3),
@@ -192,8 +193,6 @@ def test_second_derivatives() -> None:
         x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
 
         def run(x: Tensor, A: Tensor, B: Tensor, large: bool = large, layer: nn.Module = layer) -> Tensor:
-            from loraparam import fused
-
             if large:
                 return fused.linear(x, layer.parametrizations.weight.original, layer.bias, None, A, B, 0.5)
             names = {"lora_A": A, "lora_B": B}
@@ -203,6 +202,43 @@ def test_second_derivatives() -> None:
         A, B = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((1, 3), (4, 1)))
         assert torch.autograd.gradcheck(run, (x, A, B))
         assert torch.autograd.gradgradcheck(run, (x, A, B))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("with_row", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_fused_linear_is_its_formula(scale: float, with_row: bool, with_bias: bool) -> None:
+    """Value and all gradients, the weight's, the bias's and the row scales' included."""
+    torch.manual_seed(0)
+    shapes = [(2, 3, 4), (5, 4), (5,), (5,), (2, 4), (5, 2)]
+    x, W, bias, row, A, B = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    tensors = [x, W, A, B] + [bias] * with_bias + [row] * with_row
+    got = fused.linear(x, W, bias if with_bias else None, row if with_row else None, A, B, scale)
+    want = (x @ W.t()) * (row if with_row else 1.0) + scale * (x @ A.t()) @ B.t() + (bias if with_bias else 0.0)
+    assert_close(got, want)
+    for actual, expected in zip(*(torch.autograd.grad(y.sin().sum(), tensors) for y in (got, want)), strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_large_products_take_the_fused_path(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hand-written backward is used above its threshold, and agrees with merged execution."""
+    calls = []
+    linear = fused.linear
+    monkeypatch.setattr(fused, "linear", lambda *args: calls.append(1) or linear(*args))
+    layer = nn.Linear(512, 512)
+    lp.attach(layer, METHODS[method])
+    with torch.no_grad():
+        for factor in lp.parameters(layer):
+            factor.add_(0.1 * torch.randn_like(factor))
+    x = torch.randn(256, 512, requires_grad=True)
+    results = []
+    for kind in ("factored", "merged"):
+        with lp.execution(kind):
+            results.append(torch.autograd.grad(layer(x).square().mean(), [x, *lp.parameters(layer)]))
+    assert calls == [1]
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, rtol=1e-3, atol=1e-5)  # float32 sums of 512 terms
 
 
 @pytest.mark.parametrize("ratio", [1e-4, 1e-3, 1e-2])

@@ -61,8 +61,10 @@ def _conv(
     A, B, scale = pair
     x = F.dropout(input, form.terms[0].dropout) if form.drops_input else input
     kernel = A.view(-1, *form.weight.shape[1:])
-    thin = function(x, kernel.repeat(groups, *(1 for _ in kernel.shape[1:])), None, stride, padding, dilation, groups)
-    return y + scale * function(thin, B.reshape(*B.shape, *tail), None, 1, 0, 1, groups)
+    kernel = kernel if groups == 1 else kernel.repeat(groups, *(1 for _ in kernel.shape[1:]))
+    thin = function(x, kernel, None, stride, padding, dilation, groups)
+    # The small factor is scaled, not the output, and the sum is taken in place.
+    return y.add_(function(thin, (B * scale).view(*B.shape, *tail), None, 1, 0, 1, groups))
 
 
 @implements(torch.conv_transpose1d, F.conv_transpose1d)
@@ -115,5 +117,5 @@ def _conv_transpose(
     A, B, scale = pair
     kernel = A.view(-1, form.weight.shape[0], *form.weight.shape[2:]).transpose(0, 1)
     thin = function(input, kernel, None, *options)
-    up = B.repeat(groups, 1).view(-1, B.shape[1], *tail)
-    return y + scale * pointwise(thin, up, None, 1, 0, 1, groups)
+    up = (B * scale).repeat(groups, 1).view(-1, B.shape[1], *tail)
+    return y.add_(pointwise(thin, up, None, 1, 0, 1, groups))

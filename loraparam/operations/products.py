@@ -89,8 +89,11 @@ def _dropped(x: Tensor, form: Form, term: Term, out_to_in: bool) -> Tensor:
 
 
 def _worth_fusing(x: Tensor, form: Form) -> bool:
-    """Whether the hand-written backward saves more than its call costs (some 10 µs)."""
-    return x.numel() * form.weight.shape[form.layout.out] >= 1 << 18 and torch.is_grad_enabled()
+    """Whether the hand-written backward saves more than its calls from Python cost.
+
+    Measured on one core at hidden 512, rank 16: even at some 200 tokens.
+    """
+    return x.numel() * form.weight.shape[form.layout.out] >= 1 << 26 and torch.is_grad_enabled()
 
 
 @implements(F.linear, torch._C._nn.linear)
