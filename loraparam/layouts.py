@@ -80,6 +80,11 @@ class Layout:
         batch = tuple(b - (b > dim) for b in self.batch if b != dim)
         return Layout(out=self.out - (self.out > dim), batch=batch, lookup=self.lookup)
 
+    def stack(self, dim: int) -> Layout:
+        """The inverse of ``select``: the layout of a stack, along ``dim``, of weights with this layout."""
+        shifted = Layout(out=self.out + (self.out >= dim), batch=tuple(b + (b >= dim) for b in self.batch))
+        return Layout(out=shifted.out, batch=tuple(sorted((dim, *shifted.batch))), lookup=self.lookup)
+
     def __str__(self) -> str:
         names = {self.out: "out", **dict.fromkeys(self.batch, "E")}
         last = max(self.out, *self.batch, 1 - self.out if not self.batch else 2)

@@ -46,6 +46,10 @@ class Slice:
         """The layout of the part, given that of the whole."""
         return layout.select(self.dim) if self.index else layout
 
+    def whole(self, layout: Layout) -> Layout:
+        """The layout of the whole, given that of the part."""
+        return layout.stack(self.dim) if self.index else layout
+
     def overlaps(self, other: Slice | None) -> bool:
         """Whether the two share an element; None is the whole tensor."""
         if other is None or other.dim != self.dim:
@@ -66,10 +70,14 @@ _LETTERS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str, str], 
 )
 
 
-def letters_of(module: nn.Module, name: str) -> str:
-    """The letters that name equal blocks of this parameter's output dim; empty where there are none."""
+def letters_of(module: nn.Module | None, name: str, item: str = "") -> str:
+    """The letters that name equal blocks of this parameter's output dim; empty where there are none.
+
+    Without the module, as in a file, its kind is told from the parameter's name and the letter in question.
+    """
     for types, pattern, letters in _LETTERS:
-        if isinstance(module, types) and re.fullmatch(pattern, name):
+        fits = isinstance(module, types) if module is not None else item in letters
+        if fits and re.fullmatch(pattern, name):
             return letters
     return ""
 
@@ -93,13 +101,13 @@ def split_pattern(pattern: str) -> tuple[str, tuple[str, ...]]:
     return path, items
 
 
-def resolve(item: str, module: nn.Module, name: str, shape: Sequence[int], layout: Layout) -> Slice:
+def resolve(item: str, module: nn.Module | None, name: str, shape: Sequence[int], layout: Layout) -> Slice:
     """The part of the parameter that ``item`` names.
 
     Raises:
         TargetError: the item names nothing here, or does not fit the shape.
     """
-    letters, size = letters_of(module, name), shape[layout.out]
+    letters, size = letters_of(module, name, item), shape[layout.out]
     if len(item) == 1 and item in letters:
         return _block(item, letters.index(item), len(letters), size, layout)
     if found := re.fullmatch(r"(\d+)/(\d+)", item):

@@ -123,6 +123,21 @@ def test_save_then_load_is_the_identity(
     assert (values(model), lp.adapters(model), bits(lp.effective_weight(model, "weight"))) == before
 
 
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 5, 4))
+
+
+def test_one_expert_of_a_stack_comes_back(folder: Path) -> None:
+    model, other = Stack(), Stack()
+    lp.attach(model, {"experts[1]": lp.LoRA(r=2)}, layout=lp.Layout(out=2, batch=(0,)))
+    lp.save(model, folder / "expert.safetensors")
+    lp.load(other, folder / "expert.safetensors")
+    assert lp.adapters(other) == lp.adapters(model)
+    assert values(other) == values(model)
+
+
 def test_factors_keep_the_dtype_that_their_method_gave_them(folder: Path) -> None:
     model, path = nn.Linear(4, 6).to(torch.bfloat16), folder / "narrow.safetensors"
     lp.attach(model, Gain(narrow=True))
@@ -160,7 +175,7 @@ def test_unknown_hints_formats_and_names(saved: Path) -> None:
     for call in (lp.load, lp.save):
         with unchanged(model), pytest.raises(lp.FormatError, match=match):
             call(model, saved, format="loraparm")
-    match = r"unknown hint 'chek_base' for loraparam; allowed: 'check_base'; nearest: 'check_base'"
+    match = r"unknown hint 'chek_base' for loraparam; allowed: 'check_base', 'prefix'; nearest: 'check_base'"
     with unchanged(model), pytest.raises(lp.FormatError, match=match):
         lp.load(model, saved, name="new", chek_base=False)
     with unchanged(model), pytest.raises(lp.AttachError, match=r"adapter name '\.\.'; allowed: one path component"):
@@ -215,6 +230,11 @@ def test_an_entry_that_is_not_understood(saved: Path, place: str, value: Any, ma
 LAST = "1.weight.magnitude"
 
 
+def rename(targets: dict[str, Any], tensors: dict[str, Tensor], name: str) -> None:
+    targets[name] = targets.pop("1.weight")
+    tensors[f"{name}.magnitude"] = tensors.pop(LAST)
+
+
 @pytest.mark.parametrize(
     ("edit", "match"),
     [
@@ -223,14 +243,18 @@ LAST = "1.weight.magnitude"
         (lambda t, m, f: '{"0.weight": 1}', "header 'targets': allowed: a non-empty object of objects"),
         (lambda t, m, f: '{"":' * 9999, "header 'targets': not valid JSON"),
         (lambda t, m, f: json.dumps(t).replace("null", "NaN", 1), "not valid JSON: NaN is not a number"),
-        (lambda t, m, f: t.update({"2.weight": t.pop("1.weight")}), r"no parameter '2\.weight'; nearest: '\d\.weight'"),
-        (lambda t, m, f: t.update({"": t.pop("1.weight")}), "target ''.*: not a path"),
-        (lambda t, m, f: t.update({"1.weight[q]": t.pop("1.weight")}), r"'1\.weight\[q\]'.*not a part of this"),
-        (lambda t, m, f: t.update({"1.bias": t["0.bias"]}), r"missing '1\.bias\.diff'"),
+        (lambda t, m, f: rename(t, f, "2.weight"), r"no parameter '2\.weight'; nearest: '\d\.weight'"),
+        (lambda t, m, f: rename(t, f, ""), "target ''.*: not a path"),
+        (lambda t, m, f: rename(t, f, "1.weight[q]"), r"'1\.weight\[q\]'.*not a part of this"),
+        (lambda t, m, f: t.update({"1.bias": t["0.bias"]}), r"missing factors of '1\.bias'"),
         (lambda t, m, f: [t.pop("1.weight")], r"unexpected '1\.weight\.magnitude'"),
-        (lambda t, m, f: [f.pop(LAST)], r"missing '1\.weight\.magnitude'"),
-        (lambda t, m, f: f.update({"1.wieght.m": f.pop(LAST)}), r"unexpected '1\.wieght\.m'; nearest: '1\.weight\.m"),
-        (lambda t, m, f: f.update({LAST: torch.zeros(4)}), rf"'{LAST}': shape \(4,\); the model takes \(3,\)"),
+        (lambda t, m, f: [f.pop(LAST)], r"missing factors of '1\.weight'"),
+        (
+            lambda t, m, f: f.update({"1.weight.m": f.pop(LAST)}),
+            r"missing '1\.weight\.magnitude'; unexpected '1\.weight\.m'",
+        ),
+        (lambda t, m, f: f.update({"1.wieght.m": f.pop(LAST)}), r"unexpected '1\.wieght\.m'; nearest: '1\.weight'"),
+        (lambda t, m, f: f.update({LAST: torch.zeros(4)}), rf"'{LAST}' has shape \(4,\); the model takes \(3,\)"),
         (lambda t, m, f: f.update({LAST: torch.full((3,), torch.nan)}), rf"'{LAST}' holds NaN or infinity"),
         (lambda t, m, f: f.update({LAST: torch.zeros(3, dtype=torch.bool)}), rf"'{LAST}' has dtype torch\.bool"),
         # Finite, until it is float32 as the factor will be.

@@ -13,15 +13,21 @@ from ..errors import FormatError, listed, nearest
 from ..plans import Plan
 from ..suspension import refuse_suspended
 from . import native
+from .bases import ModelBase
+from .content import attach_content, content_of
 
-# {name: module with save(model, path, name), load(model, path, name, **hints) and recognises(path)}
+# Each reader and writer by name; formats/content.py says what such a module has.
 FORMATS = {native.NAME: native}
 
-# The hints each format's reader takes.
-HINTS: dict[str, tuple[str, ...]] = {native.NAME: ("check_base",)}
 
-
-def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default", format: str = native.NAME) -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    format: str = native.NAME,
+    **options: Any,
+) -> None:
     """Write one adapter to a file, whole or not at all.
 
     Args:
@@ -29,6 +35,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
         path: where to; missing folders are made.
         name: the adapter's name.
         format: "loraparam", one safetensors file.
+        options: what the format's writer takes.
 
     Raises:
         AttachError: there is no adapter of this name.
@@ -47,7 +54,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default
     """
     refuse_suspended(model)
     check_known(model, name)
-    _known_format(format).save(model, Path(path), name)
+    writer = known_format(format)
+    _check_keywords("option", options, writer.OPTIONS, format)
+    writer.write(Path(path), content_of(model, name), ModelBase(model), **options)
 
 
 def load(
@@ -56,6 +65,7 @@ def load(
     *,
     name: str = "default",
     format: str | None = None,
+    check_base: bool = True,
     **hints: Any,
 ) -> Plan:
     """Attach the adapter in a file, in place; a file that is not understood changes nothing.
@@ -65,7 +75,9 @@ def load(
         path: the file.
         name: the name it gets here.
         format: as for ``save``; by default it is told from the file.
-        hints: ``check_base=False`` takes a DoRA or Magnitude whose base weight was another one.
+        check_base: refuse a DoRA or Magnitude whose base weight was another one, where the file says so.
+        hints: what the format's files do not say: ``prefix``, the part of the file to load, or a map of the file's
+            prefixes to module paths.
 
     Returns:
         What was attached.
@@ -77,24 +89,26 @@ def load(
     refuse_suspended(model)
     check_name(name)
     path = Path(path)
-    reader = _known_format(format) if format is not None else _detect(path)
-    allowed = HINTS[reader.NAME]
-    for hint in hints:
-        if hint not in allowed:
-            raise FormatError(
-                f"unknown hint {hint!r} for {reader.NAME}; allowed: {listed(allowed)}{nearest(hint, allowed)}"
-            )
-    plan: Plan = reader.load(model, path, name, **hints)
-    return plan
+    reader = known_format(format) if format is not None else detect(path)
+    _check_keywords("hint", {"check_base": check_base, **hints}, ("check_base", *reader.HINTS), reader.NAME)
+    return attach_content(model, reader.read(path, ModelBase(model), **hints), name, check_base=check_base)
 
 
-def _known_format(format: str) -> Any:
+def _check_keywords(kind: str, given: dict[str, Any], allowed: tuple[str, ...], format: str) -> None:
+    for key in given:
+        if key not in allowed:
+            raise FormatError(f"unknown {kind} {key!r} for {format}; allowed: {listed(allowed)}{nearest(key, allowed)}")
+
+
+def known_format(format: str) -> Any:
+    """The module of a format, by name."""
     if format not in FORMATS:
         raise FormatError(f"unknown format {format!r}; allowed: {listed(FORMATS)}{nearest(str(format), FORMATS)}")
     return FORMATS[format]
 
 
-def _detect(path: Path) -> Any:
+def detect(path: Path) -> Any:
+    """The module of the format a file is in."""
     if not path.exists():
         raise FormatError(f"{str(path)!r} does not exist")
     for reader in FORMATS.values():

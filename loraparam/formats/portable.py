@@ -1,0 +1,159 @@
+"""What other tools' formats can hold: whole parameters, s folded into B, one rank.
+
+s·B·A is the same numbers in every reader once s is part of B and alpha = r; a pair is padded with zero rows and
+columns, and slices of one parameter are stacked into one pair, without changing B·A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import slices
+from ..errors import FormatError, LoraparamError
+from ..functional import row_norm
+from ..methods import DoRA, Full, LoRA
+from ..methods.lowrank import LowRank
+from ..slices import Slice
+from .bases import Base
+from .content import Content, Item
+
+
+def part_of(item: Item, base: Base | None) -> Slice | None:
+    """The slice an item is for; None for the whole parameter.
+
+    Raises:
+        FormatError: it does not fit, or the shape it would be cut from is not known.
+    """
+    if item.part is None:
+        return None
+    shape = item.shape
+    if shape is None and base is not None and item.parameter in base.names:
+        shape = base.shape(item.parameter)
+    if shape is None:
+        raise FormatError(f"{item.path!r}: the base is needed to know the shape it is a part of")
+    owner, _, name = item.parameter.rpartition(".")
+    module = base.module(owner) if base is not None else None
+    try:
+        return slices.resolve(item.part, module, name, shape, item.layout)
+    except LoraparamError as error:
+        raise FormatError(f"{item.path!r}: {error}") from None
+
+
+def pair(item: Item) -> tuple[Tensor, Tensor]:  # (*batch, r, in), (*batch, out, r)
+    """A low-rank item's A and B with s folded into B, in float32 at least."""
+    assert isinstance(item.method, LowRank)
+    A, B = item.factors["lora_A"], item.factors["lora_B"]
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    # Folded in float64: B·s is then rounded once.
+    return A.to(dtype), (B.double() * item.method.scale).to(dtype)
+
+
+def padded(A: Tensor, B: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The pair at rank ``r``: zero rows below A, zero columns beside B."""
+    more = r - A.shape[-2]
+    assert more >= 0
+    return torch.nn.functional.pad(A, (0, 0, 0, more)), torch.nn.functional.pad(B, (0, more))
+
+
+def at_most_full_rank(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same B·A at rank min(out, in), where the pair's rank is larger; else the pair itself.
+
+    Other tools train and store such pairs (r = 64 on a classifier of 2 classes); ours end at min(out, in).
+    """
+    r, in_, out = A.shape[-2], A.shape[-1], B.shape[-2]
+    if r <= min(out, in_):
+        return A, B
+    delta = (B.double() @ A.double()).to(A.dtype)
+    eye = torch.eye(min(out, in_), dtype=A.dtype, device=A.device).expand(*A.shape[:-2], -1, -1)
+    return (delta, eye.contiguous()) if out <= in_ else (eye.contiguous(), delta)
+
+
+def whole(content: Content, base: Base | None) -> list[Item]:
+    """The content's items with the slices of each parameter joined into one item for all of it.
+
+    Raises:
+        FormatError: slices that one pair cannot express.
+    """
+    groups: dict[str, list[Item]] = {}
+    for item in content.items:
+        groups.setdefault(item.parameter, []).append(item)
+    return [group[0] if group[0].part is None else _join(group, base) for group in groups.values()]
+
+
+def _join(items: list[Item], base: Base | None) -> Item:
+    first = items[0]
+    parts = [part for item in items if (part := part_of(item, base)) is not None]
+    shape = first.shape or (base.shape(first.parameter) if base is not None else None)
+    assert shape is not None  # part_of has needed it
+    kinds = {type(item.method) for item in items}
+    if kinds == {Full}:
+        diff = torch.zeros(shape, dtype=first.factors["diff"].dtype)
+        for item, part in zip(items, parts, strict=True):
+            diff = part.put(diff, item.factors["diff"])
+        return replace(first, path=first.parameter, method=Full(), factors={"diff": diff}, shape=shape)
+    rows_only = all(not isinstance(item.method, DoRA) or item.method.axis == "out" for item in items)
+    if kinds <= {LoRA, DoRA} and rows_only and all(item.layout == first.layout for item in items):
+        return _join_low_rank(items, parts, shape, base)
+    names = ", ".join(sorted(f"{item.path!r}: {type(item.method).__name__}" for item in items))
+    raise FormatError(f"{names}: slices that cannot be written as one low-rank pair for {first.parameter!r}")
+
+
+def _join_low_rank(items: Sequence[Item], parts: Sequence[Slice], shape: Sequence[int], base: Base | None) -> Item:
+    layout, parameter = items[0].layout, items[0].parameter
+    batch, out, in_ = layout.sizes(shape)
+    by_expert = [i for i, part in enumerate(parts) if part.index]
+    if by_expert and len(by_expert) < len(parts):
+        raise FormatError(f"{parameter!r}: slices by expert and by rows; write them as one or the other")
+    pairs = [pair(item) for item in items]
+    if by_expert:
+        r = max(A.shape[-2] for A, _ in pairs)
+        dtype = pairs[0][0].dtype
+        A, B = torch.zeros(*batch, r, in_, dtype=dtype), torch.zeros(*batch, out, r, dtype=dtype)
+        for part, (A_i, B_i) in zip(parts, pairs, strict=True):
+            A[part.start], B[part.start] = padded(A_i, B_i, r)
+    else:
+        A = torch.cat([A_i for A_i, _ in pairs], -2)
+        B = torch.zeros(*batch, out, A.shape[-2], dtype=A.dtype)
+        column = 0
+        for part, (_, B_i) in zip(parts, pairs, strict=True):
+            B[..., part.start : part.stop, column : column + B_i.shape[-1]] = B_i
+            column += B_i.shape[-1]
+    r = A.shape[-2]
+    factors = {"lora_A": A, "lora_B": B}
+    if all(type(item.method) is LoRA for item in items):
+        return Item(parameter, LoRA(r=r), factors, layout, tuple(shape))
+    factors["magnitude"] = _lengths(items, parts, shape, base)
+    return Item(parameter, DoRA(r=r), factors, layout, tuple(shape), items[0].fingerprint)
+
+
+def _lengths(items: Sequence[Item], parts: Sequence[Slice], shape: Sequence[int], base: Base | None) -> Tensor:
+    """The magnitude of all rows: that of a slice's DoRA, and the row's own length where there is none."""
+    layout, parameter = items[0].layout, items[0].parameter
+    if base is None:
+        raise FormatError(f"{parameter!r}: a DoRA on some slices; the base is needed for the lengths of the other rows")
+    weight = layout.matrix(base.tensor(parameter).double())
+    for item, part in zip(items, parts, strict=True):
+        if type(item.method) is LoRA:
+            own = part.take(base.tensor(parameter).double())
+            new = item.method.apply(own, {k: v.double() for k, v in item.factors.items()}, part.layout(layout))
+            weight = layout.matrix(part.put(layout.tensor(weight, shape), new))
+    lengths = row_norm(weight, "out")
+    for item, part in zip(items, parts, strict=True):
+        if isinstance(item.method, DoRA):
+            if part.index:
+                lengths[part.start] = item.factors["magnitude"].double()
+            else:
+                lengths[..., part.start : part.stop] = item.factors["magnitude"].double()
+    return lengths.to(items[0].factors["lora_A"].dtype)
+
+
+def common_rank(pairs: Iterable[tuple[Tensor, Tensor]]) -> int:
+    """The largest rank among pairs, which readers without per-module ranks need everywhere."""
+    return max(A.shape[-2] for A, _ in pairs)
+
+
+__all__ = ["at_most_full_rank", "common_rank", "padded", "pair", "part_of", "whole"]
