@@ -99,7 +99,8 @@ class EffectiveWeight(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         refuse_write(func, args, kwargs)
-        return func(*whole(args), **whole(kwargs))
+        result = func(*whole(args), **whole(kwargs))
+        return read_only(result) if func in _VIEWS and isinstance(args[0], EffectiveWeight) else result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -175,6 +176,23 @@ class View:
         return self._form.take(index)
 
 
+class Part:
+    """The source of a view of a merged weight: a plain tensor, in which a write would be lost as well."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensors = [tensor]
+
+    def dense(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The view itself."""
+        return tensors[0]
+
+    def form(self) -> None:
+        """None: it is merged already."""
+
+    def take(self, index: int | Tensor) -> None:
+        """None: it is merged already."""
+
+
 class Detached:
     """The source of a weight whose gradients end here."""
 
@@ -209,6 +227,14 @@ def whole(tree: Any) -> Any:
     return tree_map_only(EffectiveWeight, EffectiveWeight.dense, tree)
 
 
+def read_only(views: Any) -> Any:
+    """Views of a merged weight, as tensors that cannot be written."""
+    if not isinstance(views, (Tensor, tuple, list)):  # numpy() and __array__()
+        views.flags.writeable = False
+        return views
+    return tree_map_only(Tensor, lambda view: make(Part(view), view), views)
+
+
 # --- writes and metadata ------------------------------------------------------------------------------------
 
 _VALUES = {"T", "H", "mT", "mH", "real", "imag"}
@@ -231,6 +257,25 @@ _METADATA = {
     torch.Tensor.register_hook,
     torch.Tensor.retain_grad,
 }
+_VIEWS = {
+    getattr(torch.Tensor, name)
+    for name in (
+        *("__getitem__", "select", "narrow", "view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"),
+        *("t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "squeeze", "unsqueeze"),
+        *(
+            "chunk",
+            "split",
+            "tensor_split",
+            "unbind",
+            "expand",
+            "expand_as",
+            "diagonal",
+            "unfold",
+            "numpy",
+            "__array__",
+        ),
+    )
+} | {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}  # type: ignore[attr-defined]
 _POINTERS = {"data_ptr", "untyped_storage", "storage", "_typed_storage"}
 
 

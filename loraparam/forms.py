@@ -147,7 +147,11 @@ class Form:
     @property
     def drops_input(self) -> bool:
         """Whether a term drops elements of the input."""
-        return self.noisy and any(term.dropout for term in self.terms)
+        if self.noisy:
+            for term in self.terms:
+                if term.dropout:
+                    return True
+        return False
 
     # --- what operations read -------------------------------------------------------------------------------
 

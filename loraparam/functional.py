@@ -133,6 +133,8 @@ def length_ratio(m: Tensor, norm: Tensor, eps: float = 0.0) -> Tensor:
 
 def autocasts(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device; some devices, such as meta, have none."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     device = tensor.device.type
     return device != "meta" and torch.is_autocast_enabled(device)
 

@@ -22,34 +22,44 @@ def linear(
 ) -> Tensor:
     """row·(x·Wᵀ) + s·(x·Aᵀ)·Bᵀ + bias, (*tokens, out).
 
-    Saves x and s·x·Aᵀ, and with ``row`` x·Wᵀ; its backward is four thin products beside g·W.
+    Saves x and x·Aᵀ, and with ``row`` x·Wᵀ; its backward is four thin products beside g·W.
     """
     y: Tensor = _Linear.apply(x, W, bias, row, A, B, scale)  # type: ignore[no-untyped-call]
     return y
 
 
-def add_base(y: Tensor, x: Tensor, W: Tensor, row: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """y + row·(x·Wᵀ), in y's memory, and x·Wᵀ where it had to be formed.
-
-    The small part comes first and the large one is accumulated onto it: the other way round, in bfloat16, the
-    large part is rounded to its grid before the small one is added, which then vanishes below half a step.
-    """
-    if row is None:
-        return y.addmm_(x, W.t()), None
-    base = F.linear(x, W)
-    return y.addcmul_(base, row), base
+def two_products(
+    scaled: Tensor,  # (tokens, in), what W sees
+    x: Tensor,  # (tokens, in), what A sees
+    W: Tensor,
+    bias: Tensor | None,
+    row: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, x·Aᵀ, x·Wᵀ where it had to be formed), with y = row·(scaled·Wᵀ) + s·(x·Aᵀ)·Bᵀ + bias, summed in place."""
+    thin = F.linear(x, A)
+    if x.dtype.itemsize >= 4:
+        if row is None:
+            return F.linear(scaled, W, bias).addmm_(thin, B.t(), alpha=scale), thin, None
+        base = F.linear(scaled, W)
+        y = base * row if bias is None else torch.addcmul(bias, base, row)
+        return y.addmm_(thin, B.t(), alpha=scale), thin, base
+    # The small part comes first and the large one is accumulated onto it: the other way round the large part is
+    # rounded to bfloat16's grid before the small one is added, which then vanishes below half a step. For the same
+    # reason the bias comes last.
+    y = F.linear(thin if scale == 1.0 else thin * scale, B)
+    formed = None if row is None else F.linear(scaled, W)
+    y = y.addmm_(scaled, W.t()) if formed is None or row is None else y.addcmul_(formed, row)
+    return y if bias is None else y.add_(bias), thin, formed
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Any, row: Any, A: Tensor, B: Tensor, scale: float) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
-        thin = torch.mm(x2, A.t())
-        if scale != 1.0:
-            thin.mul_(scale)
-        y, base = add_base(torch.mm(thin, B.t()), x2, W, row)
-        if bias is not None:
-            y.add_(bias)
+        y, thin, base = two_products(x2, x2, W, bias, row, A, B, scale)
         ctx.save_for_backward(x, W, row, A, B, thin, base if row is not None and row.requires_grad else None)
         ctx.scale = scale
         return y.view(*x.shape[:-1], W.shape[0])
@@ -61,7 +71,7 @@ class _Linear(torch.autograd.Function):
         x2, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         if torch.is_grad_enabled():
             # Differentiated again: intermediates have to be functions of the inputs.
-            thin, base = (x2 @ A.t()) * scale, None if base is None else F.linear(x2, W)
+            thin, base = x2 @ A.t(), None if base is None else F.linear(x2, W)
         grad_x = grad_W = grad_bias = grad_row = grad_A = grad_B = None
         g_base = g if row is None else g * row
         if needs[0] or needs[4]:
@@ -80,4 +90,5 @@ class _Linear(torch.autograd.Function):
         if needs[5]:
             # The thin matrix first: faster than gᵀ·thin by a third.
             grad_B = torch.mm(thin.t(), g).t()
+            grad_B = grad_B if scale == 1.0 else grad_B * scale
         return grad_x, grad_W, grad_bias, grad_row, grad_A, grad_B, None

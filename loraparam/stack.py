@@ -112,6 +112,8 @@ class AdapterFactors(nn.Module):
     def factors(self) -> Factors:
         """The factors by name."""
         own = self._parameters
+        if len(own) == len(self.names):
+            return dict(own)  # type: ignore[arg-type]
         # Sharded training puts plain tensors in the parameters' place.
         return {name: own[name] if name in own else getattr(self, name) for name in self.names}  # type: ignore[misc]
 
@@ -206,7 +208,7 @@ class AdapterStack(nn.Module):
         """What acts now. Compiled code reads the strength's tensor: Python state would recompile at each change."""
         if torch.compiler.is_compiling():
             return [(entry, entry._strength, entry.seen(noisy)) for entry in entries]
-        return [(entry, entry.acting, entry.seen(noisy)) for entry in entries if entry.acting != 0]
+        return [(entry, acting, entry.seen(noisy)) for entry in entries if (acting := entry.acting) != 0]
 
     def squares(self, base: Tensor, layout: Layout, axis: Axis) -> Tensor:
         """‖W‖² along an axis, kept for a frozen base until it changes."""

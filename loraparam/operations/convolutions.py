@@ -62,9 +62,9 @@ def _conv(
     x = F.dropout(input, form.terms[0].dropout) if form.drops_input else input
     kernel = A.view(-1, *form.weight.shape[1:])
     kernel = kernel if groups == 1 else kernel.repeat(groups, *(1 for _ in kernel.shape[1:]))
-    thin = function(x, kernel, None, stride, padding, dilation, groups)
-    # The small factor is scaled, not the output, and the sum is taken in place.
-    return y.add_(function(thin, (B * scale).view(*B.shape, *tail), None, 1, 0, 1, groups))
+    # The thin output is scaled, which saves nothing for the backward pass, and the sum is taken in place.
+    thin = function(x, kernel, None, stride, padding, dilation, groups).mul_(scale)
+    return y.add_(function(thin, B.view(*B.shape, *tail), None, 1, 0, 1, groups))
 
 
 @implements(torch.conv_transpose1d, F.conv_transpose1d)
@@ -116,6 +116,6 @@ def _conv_transpose(
         return y
     A, B, scale = pair
     kernel = A.view(-1, form.weight.shape[0], *form.weight.shape[2:]).transpose(0, 1)
-    thin = function(input, kernel, None, *options)
-    up = (B * scale).repeat(groups, 1).view(-1, B.shape[1], *tail)
+    thin = function(input, kernel, None, *options).mul_(scale)
+    up = B.repeat(groups, 1).view(-1, B.shape[1], *tail)
     return y.add_(pointwise(thin, up, None, 1, 0, 1, groups))

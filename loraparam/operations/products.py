@@ -34,24 +34,32 @@ def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = Non
         return y if bias is None else y + bias.to(y.dtype)
     A, B, scale = pair
     down, up = (B.mT, A.mT) if out_to_in else (A, B)
-    plain = x.dim() >= 2 and form.weight.dim() == 2 and not can_dequantize(form.weight)
-    if plain and form.weight.dtype == x.dtype and not autocasts(x):
-        matrix = _matrix(form, out_to_in)
-        if pre is None and isinstance(scale, float) and _worth_fusing(x, form):
-            return fused.linear(x, matrix, bias, post, down, up, scale)
-        flat = scaled if x.dim() == 2 else scaled.reshape(-1, x.shape[-1])
-        thin = F.linear(x if x.dim() == 2 else x.reshape(flat.shape), down)
-        # A narrow dtype would round the sum of bias and small part, before the large one is added.
-        early = bias if x.dtype.itemsize >= 4 else None
-        y = F.linear(thin if scale == 1.0 else thin * scale, up, early)
-        y = fused.add_base(y, flat, matrix, post)[0]
-        bias = None if early is not None else bias
-        y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-    else:
+    if not _is_plain(x, form) or not isinstance(scale, float):
         y = _base(scaled, form, out_to_in)
         y = scale * ((x @ down.mT) @ up.mT) + (y if post is None else y * post)
-    # Under autocast the product has a narrower dtype than the bias.
-    return y if bias is None else y + bias.to(y.dtype)
+        # Under autocast the product has a narrower dtype than the bias.
+        return y if bias is None else y + bias.to(y.dtype)
+    matrix = form.weight if form.is_transposed == out_to_in else form.weight.t()
+    if pre is None and _worth_fusing(x, form):
+        return fused.linear(x, matrix, bias, post, down, up, scale)
+    if x.dim() == 2:
+        return fused.two_products(scaled, x, matrix, bias, post, down, up, scale)[0]
+    flat = x.reshape(-1, x.shape[-1])
+    scaled = flat if pre is None else scaled.reshape(flat.shape)
+    y = fused.two_products(scaled, flat, matrix, bias, post, down, up, scale)[0]
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _is_plain(x: Tensor, form: Form) -> bool:
+    """Whether the product is one of two ordinary matrices of one dtype."""
+    weight = form.weight
+    return (
+        weight.dtype is x.dtype
+        and weight.dim() == 2
+        and x.dim() >= 2
+        and not can_dequantize(weight)
+        and not autocasts(x)
+    )
 
 
 def _as(scale: Tensor | None, x: Tensor, form: Form) -> Tensor | None:
