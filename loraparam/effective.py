@@ -55,9 +55,9 @@ class EffectiveWeight(torch.Tensor):
     """
 
     _source: Source
-    _site: Any
-    _detached: bool  # made by detach(), so that its requires_grad may be set
-    _is_leaf: bool  # requires_grad was set: gradients end here
+    _site: Any = None
+    _detached: bool = False  # made by detach(), so that its requires_grad may be set
+    _is_leaf: bool = False  # requires_grad was set: gradients end here
 
     @staticmethod
     def __new__(cls, like: Tensor, source: Source, site: Any = None) -> EffectiveWeight:
@@ -65,8 +65,8 @@ class EffectiveWeight(torch.Tensor):
             cls, like.shape, like.stride(), dtype=like.dtype, device=like.device
         )
         weight._source = source
-        weight._site = site
-        weight._detached = weight._is_leaf = False
+        if site is not None:
+            weight._site = site
         return weight
 
     def form(self) -> Form | None:

@@ -85,8 +85,8 @@ class Form:
         """diag(ratio)·M, on the window's rows; ratio (*batch, rows)."""
         whole = self._spread(ratio)
         row = whole if self.row is None else self.row * whole
-        terms = tuple(t._replace(B=t.B * whole[..., t.start : t.stop].unsqueeze(-1)) for t in self.terms)
-        return replace(self, row=row, terms=terms)
+        terms = tuple([Term(t.A, t.B * _rows(whole, t).unsqueeze(-1), *t[2:]) for t in self.terms])
+        return Form(self.weight, self.layout, terms, row, self.col, self.noisy, self.window, self.squares)
 
     def scale_cols(self, ratio: Tensor) -> Form | None:
         """M·diag(ratio); None on a window of rows, where columns differ inside and outside of it."""
@@ -123,14 +123,15 @@ class Form:
             return replace(inside, window=None).norm(axis)
         plain = self.row is None and self.col is None and not can_dequantize(self.weight)
         if plain and self.weight.dtype.itemsize >= 4:
-            squared, size = self._expanded(axis)
-            # Rounding is relative to the parts' size: cancelling 99 % of it costs two digits.
-            if bool((squared >= 1e-2 * size).all()):
+            squared, own = self._expanded(axis)
+            # Rounding is relative to the parts, W and s·B·A: where ‖M‖ is a tenth of ‖W‖, the other part is at most
+            # eleven times ‖M‖, so at most two digits are lost.
+            if bool((squared >= 1e-2 * own).all()):
                 return squared.sqrt()
         return row_norm(self.dense(), axis)
 
     def _expanded(self, axis: Axis) -> tuple[Tensor, Tensor]:
-        """(‖M‖², ‖W‖² + ‖s·BA‖²) per row, or per column."""
+        """(‖M‖², ‖W‖²) per row, or per column."""
         matrix = self.matrix
         own = self.squares(axis) if self.squares is not None else squared_norm(matrix, axis)
         pair = self.factors(matrix.dtype)
@@ -139,10 +140,13 @@ class Form:
         A, B, scale = pair
         if axis == "in":
             matrix, A, B = matrix.mT, B.mT, A.mT
-        B = B * scale
-        cross = ((matrix @ A.mT) * B).sum(-1)
-        added = ((B @ (A @ A.mT)) * B).sum(-1)
-        return own + 2 * cross + added, own + added
+        if not isinstance(scale, float):
+            B, scale = B * scale, 1.0
+        At = A.mT
+        add_product = torch.addmm if matrix.dim() == 2 else torch.baddbmm
+        # 2·W·Aᵀ + s·B·(A·Aᵀ)
+        inner = add_product(matrix @ At, B, A @ At, beta=2, alpha=scale)
+        return torch.add(own, (inner * B).sum(-1), alpha=scale), own
 
     @property
     def drops_input(self) -> bool:
@@ -262,6 +266,11 @@ class Form:
 def squared_norm(matrix: Tensor, axis: Axis) -> Tensor:
     """‖W‖² per output row, or per input column."""
     return matrix.square().sum(-1 if axis == "out" else -2)
+
+
+def _rows(scales: Tensor, term: Term) -> Tensor:
+    """The row scales of a term's rows."""
+    return scales if term.stop is None else scales[..., term.start : term.stop]
 
 
 def _ones(like: Tensor, count: int) -> Tensor:

@@ -126,9 +126,9 @@ def _rescale(V: Tensor, m: Tensor, norm: Tensor, axis: Axis, eps: float) -> Tens
 
 def length_ratio(m: Tensor, norm: Tensor, eps: float = 0.0) -> Tensor:
     """m / (norm + eps), what a row is multiplied with to have length m; m itself for a zero row, which stays zero."""
-    norm = norm + eps
+    norm = norm + eps if eps else norm
     # 0/0 would be NaN in the value and in every gradient.
-    return m / torch.where(norm == 0, torch.ones_like(norm), norm)
+    return m / norm.masked_fill(norm == 0, 1)
 
 
 def autocasts(tensor: Tensor) -> bool:

@@ -208,7 +208,9 @@ class AdapterStack(nn.Module):
         """What acts now. Compiled code reads the strength's tensor: Python state would recompile at each change."""
         if torch.compiler.is_compiling():
             return [(entry, entry._strength, entry.seen(noisy)) for entry in entries]
-        return [(entry, acting, entry.seen(noisy)) for entry in entries if (acting := entry.acting) != 0]
+        return [
+            (entry, entry.strength, entry.seen(noisy)) for entry in entries if entry.strength != 0 and not entry.holds
+        ]
 
     def squares(self, base: Tensor, layout: Layout, axis: Axis) -> Tensor:
         """‖W‖² along an axis, kept for a frozen base until it changes."""
@@ -283,7 +285,7 @@ class Head:
         """The layout that all steps read the whole weight by."""
         layout = self._steps[0][0].layout
         for entry, _, _ in self._steps:
-            if entry.layout != layout or (entry.part is not None and entry.part.index):
+            if (entry.layout is not layout and entry.layout != layout) or (entry.part is not None and entry.part.index):
                 return None
         return layout
 

@@ -29,11 +29,10 @@ def form_of(weight: Any, *, drops: bool = False) -> Form | None:
     if not isinstance(weight, EffectiveWeight):
         return None
     form = weight.form()
-    if form is None or (form.drops_input and not drops):
-        return None
-    return form
+    return None if form is None or (not drops and form.drops_input) else form
 
 
 def ran(weight: EffectiveWeight) -> None:
     """Say that an operation ran on the parts."""
-    tell(weight._site, "factored")
+    if weight._site is not None:
+        tell(weight._site, "factored")
