@@ -43,12 +43,13 @@ def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = Non
     matrix = form.weight if form.is_transposed == out_to_in else form.weight.t()
     if pre is None and _worth_fusing(x, form):
         return fused.linear(x, matrix, bias, post, down, up, scale)
-    if x.dim() == 2:
-        return fused.two_products(scaled, x, matrix, bias, post, down, up, scale)[0]
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     scaled = flat if pre is None else scaled.reshape(flat.shape)
-    y = fused.two_products(scaled, flat, matrix, bias, post, down, up, scale)[0]
-    return y.view(*x.shape[:-1], y.shape[-1])
+    if x.dtype.itemsize >= 4:
+        y = fused.base_first(scaled, flat, matrix, bias, post, down, up, scale)
+    else:
+        y = fused.small_first(scaled, F.linear(flat, down), matrix, bias, post, up, scale)[0]
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _is_plain(x: Tensor, form: Form) -> bool:
