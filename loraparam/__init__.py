@@ -23,6 +23,7 @@ from .merging import disabled as disabled
 from .merging import effective_weight as effective_weight
 from .merging import merge as merge
 from .merging import merged as merged
+from .methods import IA3 as IA3
 from .methods import DoRA as DoRA
 from .methods import Full as Full
 from .methods import LoRA as LoRA
@@ -42,6 +43,7 @@ from .training import summary as summary
 __version__ = "0.1.0"
 
 __all__ = [
+    "IA3",
     "AttachError",
     "DoRA",
     "EffectiveWeight",

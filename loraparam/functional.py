@@ -102,6 +102,28 @@ def magnitude(W: Tensor, m: Tensor, *, axis: Axis = "out") -> Tensor:
     return _rescale(W_wide, m.to(wide), row_norm(W_wide, axis), axis, 0.0).to(W.dtype)
 
 
+def ia3(W: Tensor, l: Tensor, *, axis: Axis = "out") -> Tensor:
+    """l·W: each row (or column) multiplied by one number.
+
+    (IA)³, Liu et al. 2022, https://arxiv.org/abs/2205.05638.
+
+    Args:
+        W: (*batch, out, in).
+        l: (*batch, out), or (*batch, in) with ``axis="in"``.
+        axis: what a factor belongs to.
+
+    Returns:
+        (*batch, out, in), in W's dtype.
+
+    Example:
+        >>> ia3(torch.ones(2, 2), torch.tensor([2.0, 10.0]))
+        tensor([[ 2.,  2.],
+                [10., 10.]])
+    """
+    wide = compute_dtype(W.dtype)
+    return (W.to(wide) * l.to(wide).unsqueeze(-1 if axis == "out" else -2)).to(W.dtype)
+
+
 def full(W: Tensor, D: Tensor) -> Tensor:
     """W + D, for tensors of any one shape.
 

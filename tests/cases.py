@@ -23,6 +23,7 @@ METHODS: dict[str, st.SearchStrategy[lp.Method]] = {
         **LOW_RANK,
     ),
     "magnitude": st.builds(lp.Magnitude, axis=st.sampled_from(["out", "in"])),
+    "ia3": st.builds(lp.IA3, axis=st.sampled_from(["out", "in"])),
     "full": st.just(lp.Full()),
 }
 

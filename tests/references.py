@@ -17,6 +17,8 @@ def effective(method: lp.Method, W: np.ndarray, factors: Arrays) -> np.ndarray:
         return W + scale(method) * np.einsum("or,ri->oi", factors["lora_B"], factors["lora_A"])
     if isinstance(method, lp.Magnitude):
         return rescaled(W, factors["magnitude"], method.axis, 0.0)
+    if isinstance(method, lp.IA3):
+        return np.einsum("oi,o->oi" if method.axis == "out" else "oi,i->oi", W, factors["scale"])
     assert isinstance(method, lp.Full)
     return W + factors["diff"]
 

@@ -112,7 +112,9 @@ def test_input_dropout_says_what_it_needs() -> None:
     assert layer(torch.randn(2, 1, 3))[0].shape == (2, 1, 2)
 
 
-@pytest.mark.parametrize("method", [lp.LoRA(r=1), lp.DoRA(r=1, axis="in"), lp.Magnitude(), lp.Full()], ids=repr)
+@pytest.mark.parametrize(
+    "method", [lp.LoRA(r=1), lp.DoRA(r=1, axis="in"), lp.Magnitude(), lp.IA3(), lp.Full()], ids=repr
+)
 def test_check_method_accepts(method: lp.Method) -> None:
     """The shipped check passes on the library's own methods."""
     check_method(method, max_examples=5)
@@ -140,3 +142,18 @@ def test_bad_rank(r: object) -> None:
     """A rank is a positive integer."""
     with pytest.raises(lp.RankError, match="allowed: an integer in 1"):
         lp.DoRA(r=r)
+
+
+def test_ia3_on_weight_and_bias_rescales_the_output() -> None:
+    """l on both is l times what the layer gives; columns are no part of a bias."""
+    layer = torch.nn.Linear(4, 3)
+    x, l = torch.randn(2, 4), torch.tensor([2.0, -1.0, 0.0])
+    expected = l * layer(x)
+    lp.attach(layer, lp.IA3(), ["weight", "bias"])
+    with torch.no_grad():
+        for scale in lp.parameters(layer):
+            scale.copy_(l)
+    assert_close(layer(x), expected)
+    lp.detach(layer)
+    with pytest.raises(lp.TargetError, match="has no input dim; IA3 needs at least"):
+        lp.attach(layer, lp.IA3(axis="in"), "bias")

@@ -20,6 +20,7 @@ METHODS = {
     "dora": lp.DoRA(r=2),
     "dora_in": lp.DoRA(r=2, axis="in", detach_norm=False),
     "magnitude": lp.Magnitude(),
+    "ia3": lp.IA3(),
     "full": lp.Full(),
 }
 

@@ -3,7 +3,8 @@
 from .base import REGISTRY, Factors, Method
 from .dora import DoRA
 from .full import Full
+from .ia3 import IA3
 from .lora import LoRA
 from .magnitude import Magnitude
 
-__all__ = ["REGISTRY", "DoRA", "Factors", "Full", "LoRA", "Magnitude", "Method"]
+__all__ = ["IA3", "REGISTRY", "DoRA", "Factors", "Full", "LoRA", "Magnitude", "Method"]

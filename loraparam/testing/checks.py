@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ..layouts import Layout
-from ..methods import DoRA, Full, LoRA, Magnitude, Method
+from ..methods import IA3, DoRA, Full, LoRA, Magnitude, Method
 from ..targets import ALL_LINEAR, Targets
 from .layer_laws import LAYER_LAWS, Law
 from .method_laws import METHOD_LAWS, MethodLaw
 from .strategies import layouts, weights
 from .subjects import Subject
 
-METHODS = (LoRA(r=1), DoRA(r=1), Magnitude(), Full())
+METHODS = (LoRA(r=1), DoRA(r=1), Magnitude(), IA3(), Full())
 
 
 def laws() -> dict[str, str]:

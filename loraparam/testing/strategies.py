@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..layouts import Layout
-from ..methods import DoRA, Full, LoRA, Magnitude, Method
+from ..methods import IA3, DoRA, Full, LoRA, Magnitude, Method
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -71,5 +71,6 @@ def methods(*, max_r: int = 1) -> st.SearchStrategy[Method]:
         st.builds(LoRA, **low_rank),
         st.builds(DoRA, **low_rank, **dora),
         st.builds(Magnitude, axis=axis),
+        st.builds(IA3, axis=axis),
         st.just(Full()),
     )
