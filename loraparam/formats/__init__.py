@@ -12,12 +12,12 @@ from ..adapters import check_known, check_name
 from ..errors import FormatError, listed, nearest
 from ..plans import Plan
 from ..suspension import refuse_suspended
-from . import native
+from . import native, peft
 from .bases import ModelBase
 from .content import attach_content, content_of
 
 # Each reader and writer by name; formats/content.py says what such a module has.
-FORMATS = {native.NAME: native}
+FORMATS = {native.NAME: native, peft.NAME: peft}
 
 
 def save(
