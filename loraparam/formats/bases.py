@@ -19,10 +19,12 @@ class Base(Protocol):
 
     Attributes:
         names: every parameter's dotted path; in order of registration where ``ordered``.
+        modules: every module's dotted path, the model's own "" included.
         ordered: whether ``names`` runs in the model's order of registration, which files do not keep.
     """
 
     names: list[str]
+    modules: list[str]
     ordered: bool
 
     def shape(self, path: str) -> tuple[int, ...]:
@@ -41,6 +43,10 @@ class Base(Protocol):
         """A parameter's values, without any adapter."""
         ...
 
+    def aliases(self, path: str) -> list[str]:
+        """Every name of the parameter: more than one where it is tied or its module is used twice."""
+        ...
+
 
 class ModelBase:
     """The base of a model in memory, with or without adapters on it."""
@@ -50,6 +56,7 @@ class ModelBase:
     def __init__(self, model: nn.Module) -> None:
         self.known = catalogue(model)
         self.names = list(self.known.leaves)
+        self.modules = list(self.known.modules)
 
     def shape(self, path: str) -> tuple[int, ...]:
         """As the layer sees it."""
@@ -70,6 +77,10 @@ class ModelBase:
         value = (leaf.base if leaf.base is not None else shown_value(place.module, place.name)).detach()
         return value.dequantize().to(value.dtype) if can_dequantize(value) else value
 
+    def aliases(self, path: str) -> list[str]:
+        """By identity."""
+        return [place.path for place in self.known.leaves[path].places]
+
 
 class FileBase:
     """The base in a checkpoint: one safetensors file, or a directory of shards with their index.
@@ -89,6 +100,7 @@ class FileBase:
         for file in _files(path):
             self._add(file)
         self.names = list(self.shards)
+        self.modules = sorted({"", *(name[:i] for name in self.names for i, c in enumerate(name) if c == ".")})
 
     def _add(self, path: Path) -> None:
         with open_safetensors(path) as file:
@@ -117,6 +129,10 @@ class FileBase:
         with open_safetensors(self.shards[path]) as file:
             tensor: Tensor = file.get_tensor(path)
         return tensor
+
+    def aliases(self, path: str) -> list[str]:
+        """Unknown: a file does not say what is tied."""
+        return [path]
 
 
 def _files(path: Path) -> list[Path]:

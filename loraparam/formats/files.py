@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,31 @@ from ..errors import FormatError
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that, whenever it is interrupted, the path holds the old content or the new."""
-    if path.is_dir():
-        raise FormatError(f"{str(path)!r} is a directory; allowed: the path of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Write files one after the other, each whole or not, and none before all can be.
+
+    Between the first and the last a few renamings pass, no more: readers of several files must tell such a moment.
+    """
+    temporaries: dict[Path, Path] = {}
     try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, content in contents.items():
+            if path.is_dir():
+                raise FormatError(f"{str(path)!r} is a directory; allowed: the path of a file")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporaries[path] = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+            with open(temporaries[path], "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        for temporary in temporaries.values():
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
         raise
 
 

@@ -7,21 +7,23 @@ imported. A directory may hold adapters with a name in directories of their own.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ..errors import FormatError
 from .bases import Base
 from .content import Content, Prefix
-from .files import parse_json
 from .peft_config import parse
+from .peft_header import Notes, write_files
 from .peft_keys import CONFIG, PICKLE, WEIGHTS, adapter_folder, holds_adapter, read_tensors
 from .peft_places import Places
 from .peft_read import LayerReader
 from .peft_values import Values
+from .peft_write import tensors_and_config
 
 NAME = "peft"
 HINTS = ("prefix", "adapter", "out_proj")
-OPTIONS: tuple[str, ...] = ()
+OPTIONS = ("out_proj", "task_type", "base_model_name_or_path")
+
+_TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 
 def recognises(path: Path) -> bool:
@@ -35,6 +37,45 @@ def recognises(path: Path) -> bool:
     if folders and len(pickled) == len(folders):
         raise FormatError(f"{str(pickled[0] / PICKLE)!r} is a pickle; name format='peft' to have its tensors read")
     return bool(folders)
+
+
+def write(
+    path: Path,
+    content: Content,
+    base: Base | None,
+    *,
+    out_proj: str | None = None,
+    task_type: str | None = None,
+    base_model_name_or_path: str | None = None,
+) -> None:
+    """Write an adapter's directory; other files in it stay.
+
+    Args:
+        path: the directory.
+        content: the adapter.
+        base: the model's parameters; None where the content alone must do.
+        out_proj: PEFT up to 0.21.2 adds the delta of an attention's output projection twice: "twice" writes half of
+            it, for these, and is the default, with a warning; "once" writes all of it, for a PEFT without that fault.
+        task_type, base_model_name_or_path: as the config has them; a task needs a model of transformers.
+
+    Raises:
+        FormatError: PEFT cannot hold the content; nothing is written then.
+    """
+    _check_out_proj(out_proj)
+    if task_type not in (None, *_TASKS):
+        raise FormatError(f"task_type={task_type!r}; allowed: None, {', '.join(map(repr, _TASKS))}")
+    if not (base_model_name_or_path is None or isinstance(base_model_name_or_path, str)):
+        raise FormatError(f"base_model_name_or_path={base_model_name_or_path!r}; allowed: a string")
+    if path.exists() and not path.is_dir():
+        raise FormatError(f"{str(path)!r} is a file; allowed: the path of a directory")
+    tensors, config = tensors_and_config(content, base, out_proj)
+    config |= {"task_type": task_type, "base_model_name_or_path": base_model_name_or_path}
+    notes = {
+        "out_proj": out_proj or "twice",
+        "training": {item.path: [type(item.method).__name__, item.method.config()] for item in content.items},
+        "bases": {item.parameter: item.fingerprint for item in content.items if item.fingerprint},
+    }
+    write_files(path, tensors, config, notes)
 
 
 def read(
@@ -55,14 +96,13 @@ def read(
         out_proj: "twice" or "once": how often the delta of an attention's output projection counts. PEFT up to
             0.21.2 adds it twice, in training as well; by default the config's version decides.
     """
-    if out_proj not in (None, "once", "twice"):
-        raise FormatError(f"out_proj={out_proj!r}; allowed: 'once', 'twice'")
+    _check_out_proj(out_proj)
     folder = adapter_folder(path, adapter)
     tensors = read_tensors(folder)
-    config = parse(_config(folder / CONFIG), str(folder / CONFIG))
-    doubles = config.doubles if out_proj is None else out_proj == "twice"
-    places = Places(tensors, config, base, prefix)
-    reader = LayerReader(tensors, config, base, places, doubles, {})
+    notes = Notes.of(tensors)
+    config = parse(notes.config(folder / CONFIG), str(folder / CONFIG))
+    doubles = {"twice": True, "once": False}.get(out_proj or notes.out_proj or "", config.doubles)
+    reader = LayerReader(tensors, config, base, Places(tensors, config, base, prefix), doubles, notes.bases)
     for owner, layer in tensors.layers.items():
         reader.read(owner, layer)
     values = Values(tensors, config, base, prefix)
@@ -70,17 +110,11 @@ def read(
         values.put_rows(parameter, layer, rows)
     items = values.join(reader.items)
     if not items and not values.replaced:
-        raise FormatError(
-            f"{tensors.place!r} holds no adapter's tensors" + f" under prefix={prefix!r}" * (prefix is not None)
-        )
+        where = "" if prefix is None else f" under prefix={prefix!r}"
+        raise FormatError(f"{tensors.place!r} holds no adapter's tensors{where}")
     return Content(tensors.place, tuple(items), values.replaced, tensors.metadata)
 
 
-def _config(path: Path) -> Any:
-    if not path.is_file():
-        raise FormatError(f"{str(path)!r} does not exist")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{str(path)!r} is not a readable text: {error}") from None
-    return parse_json(text, repr(str(path)))
+def _check_out_proj(out_proj: str | None) -> None:
+    if out_proj not in (None, "once", "twice"):
+        raise FormatError(f"out_proj={out_proj!r}; allowed: 'once', 'twice'")
