@@ -35,6 +35,7 @@ from .state import base_state_dict as base_state_dict
 from .state import load_state_dict as load_state_dict
 from .state import merged_state_dict as merged_state_dict
 from .state import state_dict as state_dict
+from .tools import merge_files as merge_files
 from .training import named_parameters as named_parameters
 from .training import param_groups as param_groups
 from .training import parameters as parameters
@@ -73,6 +74,7 @@ __all__ = [
     "load",
     "load_state_dict",
     "merge",
+    "merge_files",
     "merged",
     "merged_state_dict",
     "named_parameters",

@@ -13,8 +13,8 @@ from ..errors import FormatError, listed, nearest
 from ..plans import Plan
 from ..suspension import refuse_suspended
 from . import native, peft
-from .bases import ModelBase
-from .content import attach_content, content_of
+from .bases import Base, ModelBase
+from .content import Content, attach_content, content_of
 
 # Each reader and writer by name; formats/content.py says what such a module has.
 FORMATS = {native.NAME: native, peft.NAME: peft}
@@ -54,9 +54,7 @@ def save(
     """
     refuse_suspended(model)
     check_known(model, name)
-    writer = known_format(format)
-    _check_keywords("option", options, writer.OPTIONS, format)
-    writer.write(Path(path), content_of(model, name), ModelBase(model), **options)
+    write_content(path, content_of(model, name), ModelBase(model), format=format, **options)
 
 
 def load(
@@ -88,13 +86,54 @@ def load(
     """
     refuse_suspended(model)
     check_name(name)
+    content = read_content(path, ModelBase(model), format=format, also=("check_base",), **hints)
+    return attach_content(model, content, name, check_base=check_base)
+
+
+def read_content(
+    path: str | os.PathLike[str],
+    base: Base | None,
+    *,
+    format: str | None = None,
+    also: tuple[str, ...] = (),
+    **hints: Any,
+) -> Content:
+    """What an adapter file says.
+
+    Args:
+        path: the file, or the directory of a format that has one.
+        base: what the adapter goes onto, where it is known.
+        format: as for ``load``.
+        also: what the caller takes beside the reader's own hints, to be named in its error.
+        hints: as for ``load``.
+
+    Raises:
+        FormatError: the file is damaged or of an unknown format, or needs the base; or an unknown hint.
+    """
     path = Path(path)
     reader = known_format(format) if format is not None else detect(path)
-    _check_keywords("hint", {"check_base": check_base, **hints}, ("check_base", *reader.HINTS), reader.NAME)
-    return attach_content(model, reader.read(path, ModelBase(model), **hints), name, check_base=check_base)
+    _check_keywords("hint", hints, reader.HINTS, reader.NAME, also)
+    content: Content = reader.read(path, base, **hints)
+    return content
 
 
-def _check_keywords(kind: str, given: dict[str, Any], allowed: tuple[str, ...], format: str) -> None:
+def write_content(
+    path: str | os.PathLike[str], content: Content, base: Base | None, *, format: str, **options: Any
+) -> None:
+    """Write an adapter in a format, whole or not at all.
+
+    Raises:
+        FormatError: an unknown format or option, or content that the format cannot hold.
+    """
+    writer = known_format(format)
+    _check_keywords("option", options, writer.OPTIONS, format)
+    writer.write(Path(path), content, base, **options)
+
+
+def _check_keywords(
+    kind: str, given: dict[str, Any], own: tuple[str, ...], format: str, also: tuple[str, ...] = ()
+) -> None:
+    allowed = (*also, *own)
     for key in given:
         if key not in allowed:
             raise FormatError(f"unknown {kind} {key!r} for {format}; allowed: {listed(allowed)}{nearest(key, allowed)}")

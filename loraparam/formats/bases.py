@@ -97,6 +97,7 @@ class FileBase:
         self.path = path
         self.shards: dict[str, Path] = {}  # {parameter: the file that holds it}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         for file in _files(path):
             self._add(file)
         self.names = list(self.shards)
@@ -108,11 +109,16 @@ class FileBase:
                 if name in self.shards:
                     raise FormatError(f"{name!r} is in both {self.shards[name].name!r} and {path.name!r}")
                 self.shards[name] = path
-                self._shapes[name] = tuple(file.get_slice(name).get_shape())
+                about = file.get_slice(name)
+                self._shapes[name], self._dtypes[name] = tuple(about.get_shape()), about.get_dtype()
 
     def shape(self, path: str) -> tuple[int, ...]:
         """From the file's header."""
         return self._shapes[path]
+
+    def dtype(self, path: str) -> str:
+        """As the file's header names it: "F32", "BF16", …"""
+        return self._dtypes[path]
 
     def layout(self, path: str) -> Layout | None:
         """Unknown: a file does not say what its modules are."""

@@ -114,11 +114,11 @@ def attach_content(model: nn.Module, content: Content, name: str, *, check_base:
         *(difference(path, value, base, content.source) for path, value in content.replaced.items()),
     ]
     rows = [_row(base.known, item, content.source) for item in items]
-    _refuse_overlap(rows, content.source)
+    refuse_overlap(rows, content.source)
     for row, item in zip(rows, items, strict=True):
-        _check_factors(row, item, content.source)
+        refuse_misfit(row, item, content.source)
         if check_base:
-            _check_base(row, item.fingerprint, content.source)
+            refuse_other_base(row, row.leaf.base, item.fingerprint, content.source)
     plan = Plan(tuple(rows))
     attach_rows(model, plan, name, [item.factors for item in items])
     return plan
@@ -151,7 +151,7 @@ def _row(known: Catalogue, item: Item, source: str) -> Row:
         raise FormatError(f"{source!r}, target {item.path!r}: {error}") from None
 
 
-def _refuse_overlap(rows: list[Row], source: str) -> None:
+def refuse_overlap(rows: list[Row], source: str) -> None:
     """Two targets of the file may be one parameter here, where it is tied."""
     first: dict[int, list[Row]] = {}
     for row in rows:
@@ -164,7 +164,8 @@ def _refuse_overlap(rows: list[Row], source: str) -> None:
         first[id(row.leaf)].append(row)
 
 
-def _check_factors(row: Row, item: Item, source: str) -> None:
+def refuse_misfit(row: Row, item: Item, source: str) -> None:
+    """Refuse factors that are not what the row's method makes for its target."""
     try:
         missing = [f"{row.path}.{factor}" for factor in row.factor_shapes if factor not in item.factors]
         unexpected = [f"{row.path}.{factor}" for factor in item.factors if factor not in row.factor_shapes]
@@ -189,13 +190,14 @@ def fingerprint(weight: Tensor | None) -> list[float] | None:
     return [float(norm), *(float(value) for value in flat[index])]
 
 
-def _check_base(row: Row, saved: list[float] | None, source: str) -> None:
+def refuse_other_base(row: Row, weight: Tensor | None, saved: list[float] | None, source: str) -> None:
+    """Refuse a whole base weight that is not the one the factors were trained on."""
     # A slice's factors depend on the slice alone, but the whole weight tells another base as well.
-    now = fingerprint(row.leaf.base)
+    now = fingerprint(weight)
     if saved is None or now is None:
         return
     # 1 % of the typical element covers a change of dtype down to bfloat16 (0.4 %).
-    typical = now[0] / max(1, row.leaf.base.numel() if row.leaf.base is not None else 1) ** 0.5
+    typical = now[0] / max(1, weight.numel() if weight is not None else 1) ** 0.5
     close = abs(saved[0] - now[0]) <= 0.01 * now[0] + 1e-12
     close = close and all(
         abs(a - b) <= 0.01 * max(abs(b), typical) + 1e-12 for a, b in zip(saved[1:], now[1:], strict=True)
