@@ -35,7 +35,10 @@ from .state import base_state_dict as base_state_dict
 from .state import load_state_dict as load_state_dict
 from .state import merged_state_dict as merged_state_dict
 from .state import state_dict as state_dict
+from .tools import combine as combine
+from .tools import extract as extract
 from .tools import merge_files as merge_files
+from .tools import resize as resize
 from .training import named_parameters as named_parameters
 from .training import param_groups as param_groups
 from .training import parameters as parameters
@@ -65,11 +68,13 @@ __all__ = [
     "attach",
     "base_state_dict",
     "check",
+    "combine",
     "detach",
     "detached",
     "disabled",
     "effective_weight",
     "execution",
+    "extract",
     "functional",
     "load",
     "load_state_dict",
@@ -81,6 +86,7 @@ __all__ = [
     "param_groups",
     "parameters",
     "plan",
+    "resize",
     "save",
     "state_dict",
     "summary",

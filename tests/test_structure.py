@@ -44,7 +44,7 @@ FLOORS = (
     ("formats.peft_write",),
     ("formats.*",),
     ("formats",),
-    ("tools.spectra", "tools.reports", "tools.fitting"),
+    ("tools.spectra", "tools.entrywise", "tools.reports", "tools.fitting"),
     ("tools.*",),
     ("tools",),
     ("",),  # the public surface

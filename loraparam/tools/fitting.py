@@ -17,6 +17,7 @@ from ..formats.content import Content, Item, difference, refuse_misfit, refuse_o
 from ..formats.portable import part_of
 from ..formats.streams import DTYPES
 from ..methods import DoRA, Factors, Full, LoRA, Magnitude
+from ..methods.base import is_number
 from ..plans import Row
 from ..stack import AdapterFactors, Step, apply_steps
 
@@ -32,6 +33,35 @@ def base_at(base: BaseLike) -> Base:
         FormatError: no such checkpoint, or not a readable one.
     """
     return ModelBase(base) if isinstance(base, nn.Module) else FileBase(Path(base))
+
+
+PathLike = str | os.PathLike[str]
+# One file, several, or {file: weight}.
+Adapters = PathLike | Sequence[PathLike] | Mapping[PathLike, float]
+
+
+def weighted(adapters: Adapters, weights: Sequence[float] | None) -> list[tuple[Path, float]]:
+    """Adapter files and their weights, in order.
+
+    Raises:
+        LoraparamError: none at all, weights for another number of them, or one that is no finite number.
+    """
+    if isinstance(adapters, Mapping):
+        pairs = list(adapters.items())
+        if weights is not None:
+            raise LoraparamError("weights= beside a mapping of adapters to weights; give one of them")
+    else:
+        paths = [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
+        weights = [1.0] * len(paths) if weights is None else list(weights)
+        if len(weights) != len(paths):
+            raise LoraparamError(f"{len(weights)} weights for {len(paths)} adapters; give one each")
+        pairs = list(zip(paths, weights, strict=True))
+    if not pairs:
+        raise LoraparamError("no adapter given; allowed: one or more")
+    for path, weight in pairs:
+        if not is_number(weight):
+            raise LoraparamError(f"{os.fspath(path)!r}: weight {weight!r}; allowed: a finite number")
+    return [(Path(path), float(weight)) for path, weight in pairs]
 
 
 @dataclass(frozen=True)

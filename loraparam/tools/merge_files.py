@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,15 +13,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, LoraparamError, listed
+from ..errors import FormatError, listed
 from ..formats import read_content
 from ..formats.bases import FileBase
 from ..formats.streams import Stored, check_free, header_of, in_place_of, refuse_same, rewrite
-from ..methods.base import is_number
-from .fitting import BLOCK, Target, by_parameter, check_bases, fit, update
+from .fitting import BLOCK, Adapters, PathLike, Target, by_parameter, check_bases, fit, update, weighted
 from .reports import Progress, silent
-
-PathLike = str | os.PathLike[str]
 
 # Other copies of the base weights, which the merged ones would contradict, and what belongs to a download.
 _STALE = (
@@ -79,7 +75,7 @@ class Merged:
 
 def merge_files(
     base: PathLike,
-    adapters: PathLike | Sequence[PathLike] | Mapping[PathLike, float],
+    adapters: Adapters,
     out: PathLike,
     *,
     weights: Sequence[float] | None = None,
@@ -124,7 +120,7 @@ def merge_files(
         ...     torch.equal(load_file(f"{folder}/out")["weight"], model.weight)
         True
     """
-    given = _weighted(adapters, weights)
+    given = weighted(adapters, weights)
     source, target = Path(base), Path(out)
     known = FileBase(source)
     refuse_same(target, source, *(path for path, _ in given))
@@ -147,25 +143,6 @@ def merge_files(
         next(bar, None)  # lets a bar close
     copied = len(known.names) - len(targets)
     return Merged(str(target), tuple(targets), copied, tuple(carried), tuple(left_out), twins)
-
-
-def _weighted(adapters: Any, weights: Sequence[float] | None) -> list[tuple[Path, float]]:
-    if isinstance(adapters, Mapping):
-        pairs = list(adapters.items())
-        if weights is not None:
-            raise LoraparamError("weights= beside a mapping of adapters to weights; give one of them")
-    else:
-        paths = [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
-        weights = [1.0] * len(paths) if weights is None else list(weights)
-        if len(weights) != len(paths):
-            raise LoraparamError(f"{len(weights)} weights for {len(paths)} adapters; give one each")
-        pairs = list(zip(paths, weights, strict=True))
-    if not pairs:
-        raise LoraparamError("no adapter given; allowed: one or more")
-    for path, weight in pairs:
-        if not is_number(weight):
-            raise LoraparamError(f"{os.fspath(path)!r}: weight {weight!r}; allowed: a finite number")
-    return [(Path(path), float(weight)) for path, weight in pairs]
 
 
 def _changed(

@@ -28,7 +28,7 @@ class Change:
         shape: of the parameter; None where the file does not say.
         method: what stands for it now.
         rank: of the result; None where it has none.
-        norm: ‖Δ‖ in the Frobenius norm, of what was to be kept.
+        norm: ‖Δ‖ in the Frobenius norm, of what was to be kept; None where it was not computed.
         residual: ‖Δ − Δ'‖ / ‖Δ‖, what was lost of it.
         note: what else there is to say.
     """
@@ -37,7 +37,7 @@ class Change:
     shape: tuple[int, ...] | None
     method: str
     rank: int | None
-    norm: float
+    norm: float | None
     residual: float
     note: str = ""
 
@@ -68,7 +68,7 @@ class Changes:
                 "-" if row.shape is None else str(row.shape),
                 row.method,
                 "-" if row.rank is None else str(row.rank),
-                f"{row.norm:.4g}",
+                "-" if row.norm is None else f"{row.norm:.4g}",
                 f"{row.residual:.2e}",
             ]
             for row in self.rows
