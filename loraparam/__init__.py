@@ -36,9 +36,12 @@ from .state import load_state_dict as load_state_dict
 from .state import merged_state_dict as merged_state_dict
 from .state import state_dict as state_dict
 from .tools import combine as combine
+from .tools import convert as convert
 from .tools import extract as extract
+from .tools import inspect_file as inspect_file
 from .tools import merge_files as merge_files
 from .tools import resize as resize
+from .tools import verify as verify
 from .training import named_parameters as named_parameters
 from .training import param_groups as param_groups
 from .training import parameters as parameters
@@ -69,6 +72,7 @@ __all__ = [
     "base_state_dict",
     "check",
     "combine",
+    "convert",
     "detach",
     "detached",
     "disabled",
@@ -76,6 +80,7 @@ __all__ = [
     "execution",
     "extract",
     "functional",
+    "inspect_file",
     "load",
     "load_state_dict",
     "merge",
@@ -90,4 +95,5 @@ __all__ = [
     "save",
     "state_dict",
     "summary",
+    "verify",
 ]

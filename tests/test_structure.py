@@ -48,7 +48,7 @@ FLOORS = (
     ("tools.*",),
     ("tools",),
     ("",),  # the public surface
-    ("loralib", "loratorch", "testing.*", "cli.demo_data"),
+    ("loralib", "loratorch", "testing.*", "cli.demo_data", "cli.common"),
     ("testing.layer_laws", "cli.demo_*"),
     ("testing.method_laws", "cli.*"),
     ("testing.checks", "cli"),

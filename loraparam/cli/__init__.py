@@ -16,12 +16,22 @@ from ..errors import LoraparamError
 
 # name -> what it does, in one line
 COMMANDS = {
+    "combine": "make one adapter of several, by what they add to the weights",
+    "convert": "write an adapter in another format",
     "demo": "train a small language model on text that comes with Python and put four adapters on it",
+    "extract": "make a LoRA adapter of the difference between two checkpoints",
+    "inspect": "show what is in an adapter file, with the spectrum of each difference",
+    "merge": "fold adapters into a checkpoint on disk, one tensor in memory at a time",
+    "resize": "write an adapter at another rank",
+    "verify": "check that an adapter fits its base, acts, stays finite and survives being saved",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 is success, 2 is bad input, explained in one line on stderr.
+    """Run one command and return its exit code.
+
+    0 is success; 1 is a check that found something (``verify``, ``demo``); 2 is bad input, or a file that cannot be
+    read or written, explained in one line on stderr, with nothing written.
 
     Args:
         argv: the arguments without the program's name. Default: those of this process.
@@ -40,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(first.arguments)
     try:
         code: int = command.run(args)
-    except LoraparamError as error:
+    except (LoraparamError, OSError) as error:
         print(f"loraparam {first.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return code
