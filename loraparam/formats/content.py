@@ -186,14 +186,16 @@ def fingerprint(weight: Tensor | None) -> list[float] | None:
         return None
     flat = weight.detach().reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, 8, dtype=torch.float64).long().to(flat.device)
-    norm = torch.linalg.vector_norm(flat.float() if flat.dtype.itemsize < 4 else flat)
+    # By blocks: a float32 copy of the whole would be the largest tensor around.
+    norms = [torch.linalg.vector_norm(b.float() if b.dtype.itemsize < 4 else b) for b in flat.split(1 << 22)]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     return [float(norm), *(float(value) for value in flat[index])]
 
 
 def refuse_other_base(row: Row, weight: Tensor | None, saved: list[float] | None, source: str) -> None:
     """Refuse a whole base weight that is not the one the factors were trained on."""
     # A slice's factors depend on the slice alone, but the whole weight tells another base as well.
-    now = fingerprint(weight)
+    now = None if saved is None else fingerprint(weight)
     if saved is None or now is None:
         return
     # 1 % of the typical element covers a change of dtype down to bfloat16 (0.4 %).
