@@ -24,6 +24,7 @@ from .merging import effective_weight as effective_weight
 from .merging import merge as merge
 from .merging import merged as merged
 from .methods import IA3 as IA3
+from .methods import BlockLoRA as BlockLoRA
 from .methods import DoRA as DoRA
 from .methods import Full as Full
 from .methods import LoRA as LoRA
@@ -52,6 +53,7 @@ __version__ = "0.1.0"
 __all__ = [
     "IA3",
     "AttachError",
+    "BlockLoRA",
     "DoRA",
     "EffectiveWeight",
     "FormatError",

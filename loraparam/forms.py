@@ -63,7 +63,7 @@ class Form:
     def matrix(self) -> Tensor:
         """W as (*batch, out, in): a view, where the storage allows."""
         weight = self.weight.dequantize() if can_dequantize(self.weight) else self.weight
-        if weight.dim() == 2:
+        if weight.dim() == 2 and self.layout.rows is None:
             return weight if self.layout.out == 0 else weight.t()
         return self.layout.matrix(weight)
 

@@ -22,6 +22,8 @@ class Layout:
         batch: dims that index independent matrices, such as experts.
         lookup: the input is an index that selects a row (an embedding), not a vector that is
             multiplied. It decides which LoRA factor starts at zero.
+        rows: read the weight flat instead, row by row into a matrix of this many rows, whatever its dims mean
+            (loralib's convolutions). No other argument goes with it.
 
     The input runs over the remaining dims, row-major.
 
@@ -31,11 +33,14 @@ class Layout:
         torch.Size([6, 36])
         >>> Layout(out=2, batch=(0,)).matrix(torch.zeros(8, 5, 7)).shape  # experts (E, in, out)
         torch.Size([8, 7, 5])
+        >>> Layout(rows=18).matrix(torch.zeros(6, 4, 3, 3)).shape
+        torch.Size([18, 12])
     """
 
     out: int = 0
     batch: tuple[int, ...] = ()
     lookup: bool = False
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         dims = (self.out, *self.batch)
@@ -45,6 +50,13 @@ class Layout:
             raise TargetError(
                 f"Layout(out={self.out!r}, batch={self.batch!r}); allowed: distinct integers in 0..{_MOST_DIMS - 1}"
             )
+        if self.rows is not None:
+            if type(self.rows) is not int or self.rows < 1:
+                raise TargetError(f"Layout(rows={self.rows!r}); allowed: an integer above 0, or None")
+            if self.out or self.batch or self.lookup:
+                raise TargetError(
+                    f"Layout(rows={self.rows}) reads a weight flat; allowed: no out, batch or lookup with it"
+                )
 
     def _order(self, ndim: int) -> list[int]:
         """The weight's dims, sorted into batch, out, in."""
@@ -55,6 +67,10 @@ class Layout:
 
     def sizes(self, shape: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
         """(batch sizes, out, in) of a weight of this shape."""
+        if self.rows is not None:
+            if (numel := math.prod(shape)) % self.rows:
+                raise TargetError(f"layout {self} does not fit shape {tuple(shape)}: {numel} elements")
+            return (), self.rows, numel // self.rows
         order = self._order(len(shape))
         n_batch = len(self.batch)
         batch = tuple(shape[dim] for dim in order[:n_batch])
@@ -62,15 +78,19 @@ class Layout:
 
     def is_matrix(self, shape: Sequence[int]) -> bool:
         """Whether the weight has an input dim at all: a bias or a norm's weight has none."""
-        return len(shape) - len(self.batch) >= 2
+        return self.rows is not None or len(shape) - len(self.batch) >= 2
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight as (*batch, out, in)."""
         batch, out, in_ = self.sizes(weight.shape)
+        if self.rows is not None:
+            return weight.reshape(out, in_)
         return weight.permute(self._order(weight.dim())).reshape(*batch, out, in_)
 
     def tensor(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
         """The inverse of ``matrix``: a (*batch, out, in) matrix as a weight of this shape."""
+        if self.rows is not None:
+            return matrix.reshape(tuple(shape))
         order = self._order(len(shape))
         inverse = [order.index(dim) for dim in range(len(shape))]
         return matrix.reshape([shape[dim] for dim in order]).permute(inverse)
@@ -86,6 +106,8 @@ class Layout:
         return Layout(out=shifted.out, batch=tuple(sorted((dim, *shifted.batch))), lookup=self.lookup)
 
     def __str__(self) -> str:
+        if self.rows is not None:
+            return f"flat ({self.rows}, in)"
         names = {self.out: "out", **dict.fromkeys(self.batch, "E")}
         last = max(self.out, *self.batch, 1 - self.out if not self.batch else 2)
         return "(" + ", ".join(names.get(dim, "in") for dim in range(last + 1)) + ")"

@@ -44,6 +44,8 @@ class Slice:
 
     def layout(self, layout: Layout) -> Layout:
         """The layout of the part, given that of the whole."""
+        if layout.rows is not None:
+            raise TargetError(f"slice [{self.key}]: a weight read as {layout} has no slices; target the whole of it")
         return layout.select(self.dim) if self.index else layout
 
     def whole(self, layout: Layout) -> Layout:

@@ -157,3 +157,78 @@ def test_ia3_on_weight_and_bias_rescales_the_output() -> None:
     lp.detach(layer)
     with pytest.raises(lp.TargetError, match="has no input dim; IA3 needs at least"):
         lp.attach(layer, lp.IA3(axis="in"), "bias")
+FLAT = st.tuples(st.integers(1, 5), st.integers(1, 3), st.sampled_from([1, 5, 7]))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@given(data=st.data(), sizes=FLAT)
+def test_a_flat_layout_reads_row_by_row(name: str, data: st.DataObject, sizes: tuple[int, int, int]) -> None:
+    """As loralib's convolutions: the rows are not the weight's outputs. Formula and laws hold there too."""
+    rows, more, kernel = sizes
+    layout = lp.Layout(rows=rows)
+    weight = torch.randn(rows, more, kernel, 2, dtype=torch.float64).transpose(0, 3)
+    method = data.draw(METHODS[name])
+    factors = moved(method, weight, layout)
+    (W,) = matrices(weight.numpy(), layout)
+    own = {key: t.reshape(rows, -1).numpy() if key == "diff" else t.numpy() for key, t in factors.items()}
+    actual = method.apply(weight, factors, layout)
+    assert actual.shape == weight.shape
+    np.testing.assert_allclose(actual.reshape(rows, -1), effective(method, W, own), rtol=1e-10, atol=1e-12)
+
+
+@given(
+    blocks=st.lists(st.booleans(), min_size=1, max_size=4).filter(any),
+    shared=st.booleans(),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3)),
+    data=st.data(),
+)
+def test_blocks_of_rows(blocks: list[bool], shared: bool, sizes: tuple[int, int, int], data: st.DataObject) -> None:
+    """Formula, shapes, and the laws of methods, for any choice of blocks; what is off stays the base, bit for bit."""
+    rows, in_, r = sizes
+    method = lp.BlockLoRA(r=r, alpha=3, blocks=tuple(blocks), shared=shared)
+    weight, layout = torch.randn(rows * len(blocks), in_, dtype=torch.float64), lp.Layout()
+    factors = moved(method, weight, layout)
+    n = sum(blocks)
+    shapes = [(r, in_), (rows * len(blocks), r)] if shared else [(r * n, in_), (rows * n, r)]
+    assert [tuple(t.shape) for t in factors.values()] == shapes
+    actual = method.apply(weight, factors, layout)
+    np.testing.assert_allclose(
+        actual, effective(method, weight.numpy(), {k: t.numpy() for k, t in factors.items()}), rtol=1e-10, atol=1e-12
+    )
+    for on, new, old in zip(blocks, actual.chunk(len(blocks)), weight.chunk(len(blocks)), strict=True):
+        assert on or torch.equal(new, old)
+    law = data.draw(st.sampled_from([law for law in METHOD_LAWS if law.__name__ != "layout_is_only_a_view"]))
+    law(method, weight, layout)
+
+
+def test_blocks_must_divide_the_rows() -> None:
+    """And one of them must be on."""
+    with pytest.raises(lp.TargetError, match="'weight': 5 output rows do not divide into 3 equal blocks"):
+        lp.plan(torch.nn.Linear(4, 5), lp.BlockLoRA(r=1, blocks=(True, False, True)), "weight")
+    for blocks in ((), (False,), (1, 0), "ab"):
+        with pytest.raises(lp.LoraparamError, match="allowed: booleans, at least one of them True"):
+            lp.BlockLoRA(r=1, blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rows": 0}, "an integer above 0"),
+        ({"rows": True}, "an integer above 0"),
+        ({"rows": 2, "out": 1}, "no out, batch or lookup with it"),
+        ({"rows": 2, "lookup": True}, "no out, batch or lookup with it"),
+    ],
+)
+def test_a_flat_layout_stands_alone(settings: dict[str, int], message: str) -> None:
+    """The rows say everything."""
+    with pytest.raises(lp.TargetError, match=message):
+        lp.Layout(**settings)
+
+
+def test_a_flat_layout_fits_and_has_no_slices() -> None:
+    """Rows of the flat matrix are not rows of the weight."""
+    layer = torch.nn.Conv2d(4, 6, 3)
+    with pytest.raises(lp.TargetError, match=r"flat \(7, in\) does not fit shape \(6, 4, 3, 3\): 216 elements"):
+        lp.plan(layer, lp.LoRA(r=1), "weight", layout=lp.Layout(rows=7))
+    with pytest.raises(lp.TargetError, match=r"flat \(18, in\) has no slices"):
+        lp.plan(layer, lp.LoRA(r=1), "weight[1/2]", layout=lp.Layout(rows=18))

@@ -56,7 +56,8 @@ def _about(item: Item) -> dict[str, Any]:
     return {
         "method": type(item.method).__name__,
         "config": item.method.config(),
-        "layout": asdict(item.layout),
+        # Without what is not set: files of weights that are read by their dims stay as they were.
+        "layout": {key: value for key, value in asdict(item.layout).items() if value is not None},
         "base": item.fingerprint,
         "shape": item.shape,
     }
@@ -118,12 +119,12 @@ def _method(about: dict[str, Any]) -> Method:
 def _layout(value: Any) -> Layout:
     if (
         isinstance(value, dict)
-        and set(value) == {"out", "batch", "lookup"}
+        and set(value) - {"rows"} == {"out", "batch", "lookup"}
         and isinstance(value["batch"], list)
         and isinstance(value["lookup"], bool)
     ):
-        return Layout(out=value["out"], batch=tuple(value["batch"]), lookup=value["lookup"])
-    raise FormatError(f"layout {value!r}; allowed: an object with out, batch and lookup")
+        return Layout(**{**value, "batch": tuple(value["batch"])})
+    raise FormatError(f"layout {value!r}; allowed: an object with out, batch and lookup, and rows where it is flat")
 
 
 def _fingerprint(value: Any) -> list[float] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -63,6 +64,27 @@ class LowRank(Method):
         alpha = self.r if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
+    def draw(
+        self,
+        weight: Tensor,
+        layout: Layout,
+        A_shape: Sequence[int],
+        B_shape: Sequence[int],
+        generator: Generator | None,
+    ) -> Factors:
+        """A and B of these shapes as they start: one random, the other zero."""
+        # A generator draws on its own device only.
+        device = weight.device if generator is None else generator.device
+        A, B = (torch.zeros(*shape, dtype=factor_dtype(weight), device=device) for shape in (A_shape, B_shape))
+        if layout.lookup:
+            B.normal_(generator=generator)
+        elif self.start == "gaussian":
+            A.normal_(std=1 / self.r, generator=generator)
+        else:
+            bound = 1 / math.sqrt(A_shape[-1])
+            A.uniform_(-bound, bound, generator=generator)
+        return {"lora_A": A.to(weight.device), "lora_B": B.to(weight.device)}
+
     @property
     def needs_input(self) -> bool:
         """Only with dropout of the input."""
@@ -105,19 +127,7 @@ def _init(self: LowRank, weight: Tensor, layout: Layout, *, generator: Generator
             f"r={self.r} is too large for shape {tuple(weight.shape)}, read as (out={out}, in={in_}); "
             f"allowed: 1..{min(out, in_)}"
         )
-    # A generator draws on its own device only.
-    options: dict[str, Any] = {
-        "dtype": factor_dtype(weight),
-        "device": weight.device if generator is None else generator.device,
-    }
-    A, B = torch.zeros(*batch, self.r, in_, **options), torch.zeros(*batch, out, self.r, **options)
-    if layout.lookup:
-        B.normal_(generator=generator)
-    elif self.start == "gaussian":
-        A.normal_(std=1 / self.r, generator=generator)
-    else:
-        A.uniform_(-1 / math.sqrt(in_), 1 / math.sqrt(in_), generator=generator)
-    return {"lora_A": A.to(weight.device), "lora_B": B.to(weight.device)}
+    return self.draw(weight, layout, (*batch, self.r, in_), (*batch, out, self.r), generator)
 
 
 # After the dataclass is made: inside it, ``init`` is the constructor's argument.

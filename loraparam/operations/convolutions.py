@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..effective import EffectiveWeight, whole
+from ..forms import Form
 from ..refusals import can_dequantize
 from .registry import form_of, implements, ran
 
@@ -42,7 +43,9 @@ def _conv(
     groups: int = 1,
 ) -> Any:
     """conv(x, W)·row + s·B·conv(x, A), the second with kernel 1 and B's rows in their groups."""
-    form = form_of(weight, drops=True)
+    form = form_of(weight, drops=True, flat=True)
+    if form is not None and form.layout.rows is not None:
+        return _flat_conv(function, input, weight, form, bias, stride, padding, dilation, groups)
     if form is None or form.col is not None or form.layout.out != 0 or form.layout.batch:
         return NotImplemented
     several_drops = form.drops_input and len(form.terms) > 1
@@ -65,6 +68,19 @@ def _conv(
     # The thin output is scaled, which saves nothing for the backward pass, and the sum is taken in place.
     thin = function(x, kernel, None, stride, padding, dilation, groups).mul_(scale)
     return y.add_(function(thin, B.view(*B.shape, *tail), None, 1, 0, 1, groups))
+
+
+def _flat_conv(function: Any, input: Any, weight: Any, form: Form, bias: Any, *options: Any) -> Any:
+    """conv(x, W) + conv(dropped x, s·B·A), where the kernel s·B·A does not factor; two only for dropout."""
+    scaled = form.row is not None or form.col is not None
+    if not form.drops_input or scaled or isinstance(input, EffectiveWeight) or can_dequantize(form.weight):
+        return NotImplemented
+    ran(weight)
+    y = function(input, form.weight, whole(bias), *options)
+    for term in form.terms:
+        kernel = form.layout.tensor(term.scale * (term.B @ term.A), form.weight.shape).to(y.dtype)
+        y = y + function(F.dropout(input, term.dropout), kernel, None, *options)
+    return y
 
 
 @implements(torch.conv_transpose1d, F.conv_transpose1d)

@@ -21,15 +21,17 @@ def implements(*functions: Any) -> Callable[[Handler], Handler]:
     return register
 
 
-def form_of(weight: Any, *, drops: bool = False) -> Form | None:
+def form_of(weight: Any, *, drops: bool = False, flat: bool = False) -> Form | None:
     """A tensor's structured form, if it has one that the operation can use.
 
-    ``drops``: the operation sees the layer's input and can drop its elements.
+    ``drops``: the operation sees the layer's input and can drop its elements. ``flat``: it knows what to do where the
+    factors' rows and columns are not the weight's outputs and inputs.
     """
     if not isinstance(weight, EffectiveWeight):
         return None
     form = weight.form()
-    return None if form is None or (not drops and form.drops_input) else form
+    refused = form is None or (not drops and form.drops_input) or (not flat and form.layout.rows is not None)
+    return None if refused else form
 
 
 def ran(weight: EffectiveWeight) -> None:
