@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from . import overrides
 from .errors import AttachError, LoraparamError
 from .forms import Form
 
@@ -50,14 +51,15 @@ class Source(Protocol):
 class EffectiveWeight(torch.Tensor):
     """A weight that is computed when it is used, and only as far as it is needed.
 
-    It cannot be written: a value written into it would vanish with it. ``detach()``, arithmetic and printing work
-    as on any tensor.
+    It cannot be written: a value written into it would vanish with it; a drop-in layer's has a base that takes it.
+    ``detach()``, arithmetic and printing work as on any tensor.
     """
 
     _source: Source
     _site: Any = None
     _detached: bool = False  # made by detach(), so that its requires_grad may be set
     _is_leaf: bool = False  # requires_grad was set: gradients end here
+    _base: Tensor | None = None  # where writes go, in a drop-in layer
 
     @staticmethod
     def __new__(cls, like: Tensor, source: Source, site: Any = None) -> EffectiveWeight:
@@ -91,16 +93,20 @@ class EffectiveWeight(torch.Tensor):
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        elif is_metadata(func):
+        elif overrides.is_metadata(func):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if sets_requires_grad(func, args):
+        if overrides.sets_requires_grad(func) and isinstance(args[0], EffectiveWeight) and args[0]._detached:
             args[0]._is_leaf = True
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        refuse_write(func, args, kwargs)
+        target = write_target(func, args, kwargs)
+        if target is not None:
+            args, kwargs = tree_map_only(EffectiveWeight, lambda w: w._base if w is target else w, (args, kwargs))
+            func(*whole(args), **whole(kwargs))
+            return target
         result = func(*whole(args), **whole(kwargs))
-        return read_only(result) if func in _VIEWS and isinstance(args[0], EffectiveWeight) else result
+        return read_only(result) if func in overrides.VIEWS and isinstance(args[0], EffectiveWeight) else result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -235,82 +241,24 @@ def read_only(views: Any) -> Any:
     return tree_map_only(Tensor, lambda view: make(Part(view), view), views)
 
 
-# --- writes and metadata ------------------------------------------------------------------------------------
-
-_VALUES = {"T", "H", "mT", "mH", "real", "imag"}
-_METADATA = {
-    torch.Tensor.size,
-    torch.Tensor.dim,
-    torch.Tensor.ndimension,
-    torch.Tensor.numel,
-    torch.Tensor.nelement,
-    torch.Tensor.stride,
-    torch.Tensor.storage_offset,
-    torch.Tensor.is_contiguous,
-    torch.Tensor.is_floating_point,
-    torch.Tensor.is_complex,
-    torch.Tensor.is_inference,
-    torch.Tensor.element_size,
-    torch.Tensor.get_device,
-    torch.Tensor.__len__,
-    torch.Tensor.__hash__,
-    torch.Tensor.register_hook,
-    torch.Tensor.retain_grad,
-}
-_VIEWS = {
-    getattr(torch.Tensor, name)
-    for name in (
-        *("__getitem__", "select", "narrow", "view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"),
-        *("t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "squeeze", "unsqueeze"),
-        *(
-            "chunk",
-            "split",
-            "tensor_split",
-            "unbind",
-            "expand",
-            "expand_as",
-            "diagonal",
-            "unfold",
-            "numpy",
-            "__array__",
-        ),
-    )
-} | {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}  # type: ignore[attr-defined]
-_POINTERS = {"data_ptr", "untyped_storage", "storage", "_typed_storage"}
+# --- writes -------------------------------------------------------------------------------------------------
 
 
-def is_metadata(func: Any) -> bool:
-    """Whether a function reads only what a tensor is, not its values."""
-    if getattr(func, "__name__", "") == "__get__":
-        return getattr(func.__self__, "__name__", "") not in _VALUES
-    return func in _METADATA
+def write_target(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> EffectiveWeight | None:
+    """The weight whose base takes what a function writes; None for a function that writes into no weight.
 
-
-def sets_requires_grad(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether a detached weight is made a leaf, as reentrant checkpointing does with its arguments."""
-    attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-    sets = func is torch.Tensor.requires_grad_ or (
-        getattr(func, "__name__", "") == "__set__" and attribute == "requires_grad"
-    )
-    return sets and isinstance(args[0], EffectiveWeight) and args[0]._detached
-
-
-def refuse_write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise for what writes into an effective weight, or hands out its storage."""
-    name: str = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    writes = in_place or name in ("__set__", "__setitem__") or (name.startswith("__i") and name in _IN_PLACE)
-    # torch.nn.init passes its tensor by name.
-    target = args[0] if args else next(iter(kwargs.values()), None)
-    if isinstance(target, EffectiveWeight) and (writes or name in _POINTERS):
-        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
-        raise _write_error(f"setting .{attribute}" if name == "__set__" else f"{name}()")
+    Raises:
+        AttachError: what is written would be lost; or the function hands out the weight's storage.
+    """
     if isinstance(kwargs.get("out"), EffectiveWeight):
         raise _write_error("out=")
-
-
-_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-_IN_PLACE = {f"__i{name}__" for name in _OPERATORS}
+    # torch.nn.init passes its tensor by name.
+    target = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(target, EffectiveWeight) or not (overrides.writes(func) or overrides.hands_out_storage(func)):
+        return None
+    if target._base is None or not overrides.writes(func):
+        raise _write_error(overrides.described(func))
+    return target
 
 
 def _write_error(what: str) -> LoraparamError:

@@ -161,6 +161,10 @@ def refuse_wrapped(module: nn.Module) -> None:
 
 
 def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    stack = stack_of(self, name)
+    if stack is not None and stack.writable and param is not None:
+        parametrized(self)[name].register_parameter("original", param)
+        return
     refuse_assignment(self, name)
     plain_base(type(self)).register_parameter(self, name, param)  # type: ignore[attr-defined]
 

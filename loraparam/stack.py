@@ -155,11 +155,13 @@ class AdapterStack(nn.Module):
     Attributes:
         volatile: the layer writes into the weight it reads (an embedding with max_norm), so it is never
             given the base itself.
+        writable: a drop-in layer's, where writing the weight writes the base, which ``.data`` shows in training.
     """
 
     def __init__(self, volatile: bool = False) -> None:
         super().__init__()
         self.volatile = volatile
+        self.writable = False
 
     @property
     def entries(self) -> list[AdapterFactors]:
@@ -195,7 +197,9 @@ class AdapterStack(nn.Module):
         steps = self._steps(self.entries, self.training)
         if not steps:
             return base.clone() if self.volatile else base
-        return make(Head(self, base, steps, self.training), base)
+        weight = make(Head(self, base, steps, self.training), base)
+        weight._base = base if self.writable else None
+        return weight
 
     def compose(self, base: Tensor, entries: list[AdapterFactors], *, noisy: bool = False) -> Tensor:
         """The base taken through these entries, densely: W → first → second → …"""
@@ -249,7 +253,7 @@ class Head:
     """The source of a whole effective weight: a base and the steps that act on it."""
 
     def __init__(self, stack: AdapterStack, base: Tensor, steps: Sequence[Step], noisy: bool) -> None:
-        self._stack, self._base, self._steps, self._noisy = stack, base, steps, noisy
+        self._stack, self._base, self._steps, self.noisy = stack, base, steps, noisy
         self.tensors = [base, *(factor for _, _, factors in steps for factor in factors.values())]
 
     def dense(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -257,7 +261,7 @@ class Head:
         base, *rest = tensors
         queue = iter(rest)
         steps = [(entry, strength, {name: next(queue) for name in own}) for entry, strength, own in self._steps]
-        return apply_steps(base, steps, self._noisy)
+        return apply_steps(base, steps, self.noisy)
 
     def form(self) -> Form | None:
         """The steps' structured form; None where one of them has none."""
@@ -265,7 +269,7 @@ class Head:
         if layout is None or self._stack.volatile:
             return None
         squares = functools.partial(self._stack.squares, base, layout)
-        return _extended(Form(base, layout, noisy=self._noisy, squares=squares), self._steps)
+        return _extended(Form(base, layout, noisy=self.noisy, squares=squares), self._steps)
 
     def take(self, index: int | Tensor) -> Form | None:
         """The form of one expert, or of several: a loop over experts must not normalise the whole stack each time."""
@@ -279,7 +283,7 @@ class Head:
         def squares(axis: Axis) -> Tensor:
             return self._stack.squares(base, layout, axis)[index]
 
-        return _extended(Form(base[index], own_layout, noisy=self._noisy, squares=squares), steps)
+        return _extended(Form(base[index], own_layout, noisy=self.noisy, squares=squares), steps)
 
     def _layout(self) -> Layout | None:
         """The layout that all steps read the whole weight by."""

@@ -163,6 +163,7 @@ WRITES: dict[str, Callable[[nn.Module], Any]] = {
     "zero_": lambda m: m.weight.zero_(),
     "copy_": lambda m: m.weight.copy_(torch.zeros(6, 4)),
     "init": lambda m: nn.init.normal_(m.weight),
+    "init through a view": lambda m: nn.init.orthogonal_(m.weight),
     "setitem": lambda m: m.weight.__setitem__(0, 1.0),
     "+=": lambda m: m.weight.__iadd__(1),
     ".data =": lambda m: setattr(m.weight, "data", torch.zeros(6, 4)),

@@ -132,11 +132,18 @@ def getitem(weight: Any, index: Any) -> Any:
     return _taken(weight, index)
 
 
-@implements(torch.Tensor.detach, torch.detach, _DATA.__get__)
+@implements(_DATA.__get__)
+def data(weight: Any) -> Any:
+    """The same weight without gradients, no more writable than itself; of a drop-in layer in training the base's."""
+    return weight._base.data if weight._base is not None and getattr(weight._source, "noisy", False) else detach(weight)
+
+
+@implements(torch.Tensor.detach, torch.detach)
 def detach(weight: Any) -> Any:
-    """The same weight without gradients; ``.data`` is no more writable than the weight."""
+    """The same weight without gradients."""
     detached = EffectiveWeight(weight, Detached(weight._source), weight._site)
     detached._detached = True
+    detached._base = None if weight._base is None else weight._base.detach()
     return detached
 
 
@@ -148,6 +155,12 @@ def to(weight: Any, *args: Any, **kwargs: Any) -> Any:
         same = dtype in (None, weight.dtype) and device in (None, weight.device)
         return weight if isinstance(weight, EffectiveWeight) and same else NotImplemented
     return NotImplemented
+
+
+@implements(torch.Tensor.view_as)
+def view_as(weight: Any, other: Any) -> Any:
+    """Itself in its own shape, so that a write into it, as ``nn.init.orthogonal_`` does, is noticed."""
+    return weight if isinstance(weight, EffectiveWeight) and weight.shape == other.shape else NotImplemented
 
 
 @implements(torch.Tensor.contiguous)
