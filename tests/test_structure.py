@@ -19,7 +19,7 @@ PACKAGE = "loraparam"
 # package; "" is its __init__. A module whose name is not here takes the first pattern that fits: a new method, file
 # format or command needs no change to this list.
 FLOORS = (
-    ("errors", "functional", "catalogue"),
+    ("errors", "functional", "catalogue", "overrides"),
     ("layouts", "refusals", "fused", "execution"),
     ("slices", "forms"),
     ("targets", "methods.base", "effective"),
@@ -48,8 +48,8 @@ FLOORS = (
     ("tools.*",),
     ("tools",),
     ("",),  # the public surface
-    ("loralib", "loratorch", "testing.*", "cli.demo_data", "cli.common"),
-    ("testing.layer_laws", "cli.demo_*"),
+    ("dropins", "testing.*", "cli.demo_data", "cli.common"),
+    ("loralib", "loratorch", "testing.layer_laws", "cli.demo_*"),
     ("testing.method_laws", "cli.*"),
     ("testing.checks", "cli"),
     ("testing",),
