@@ -183,9 +183,12 @@ class LoRALayer(nn.Module):
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         names = {prefix + inside: key for key, (inside, _) in self._keys().items()}
         own = {names.get(key, key[len(prefix) :]): state.pop(key) for key in list(state) if key.startswith(prefix)}
+        order = catalogue(self).names[""]
 
-        def rank(key: str) -> tuple[int, bool]:
+        def rank(key: str) -> tuple[int, int]:
             """As the originals' run: the layer's own parameters, the factors, then what its modules hold."""
+            if key in order:
+                return 0, order.index(key)
             return (2 if "." in key else 1 if "lora_" in key else 0), key not in names.values()
 
         state.update({prefix + key: own[key] for key in sorted(own, key=rank)})

@@ -232,6 +232,8 @@ def test_the_keys_of_attention() -> None:
         "v_lora_A": (2, 5),
         "v_lora_B": (E, 2),
     }
+    projections = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    assert [key for key in apart.state_dict() if "lora_" not in key] == [*projections, *bias[1:], *out]
     only_o = lora.MultiheadAttention(E, 2, ["o"], r=2)
     assert list(only_o.state_dict()) == [*bias, *o, "_lora_A", "_lora_B", *out]
     assert not any(only_o.state_dict()[key].any() for key in ("_lora_A", "_lora_B"))
