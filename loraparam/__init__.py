@@ -17,6 +17,7 @@ from .errors import TargetError as TargetError
 from .execution import execution as execution
 from .formats import load as load
 from .formats import save as save
+from .handmade import from_layer as from_layer
 from .layouts import Layout as Layout
 from .merging import detached as detached
 from .merging import disabled as disabled
@@ -81,6 +82,7 @@ __all__ = [
     "effective_weight",
     "execution",
     "extract",
+    "from_layer",
     "functional",
     "inspect_file",
     "load",

@@ -569,3 +569,35 @@ def test_files_that_loralib_wrote(case: str) -> None:
     for name, merged in CASES[case].expected.items():
         if name.startswith("merged/"):
             assert_close(lp.effective_weight(model, name.removeprefix("merged/")).detach(), merged)
+
+
+@pytest.mark.parametrize(("setting", "same"), [({}, True), ({"scale_grad_by_freq": True}, False)])
+def test_gradients_scaled_by_frequency(setting: dict[str, Any], same: bool) -> None:
+    """Those of the effective row, so of both factors; loralib scales A's alone."""
+    x, grads = torch.tensor([[1, 1, 2]]), []
+    for library in (original, lora):
+        torch.manual_seed(0)
+        layer = moved(library.Embedding(5, 4, r=2, **setting))
+        layer(x).square().sum().backward()
+        grads.append((layer.lora_A.grad, layer.lora_B.grad))
+    assert_close(grads[1][0], grads[0][0])
+    assert torch.allclose(grads[1][1], grads[0][1]) == same
+
+
+def test_rows_of_a_largest_norm() -> None:
+    """max_norm bounds the effective rows, in what is read; loralib writes the base, and bounds the parts apart."""
+    x = torch.arange(5)
+    for library, bounded in ((original, False), (lora, True)):
+        layer = moved(library.Embedding(5, 4, r=2, max_norm=1.0))
+        before = layer.state_dict()["weight"].clone()
+        y = layer(x)
+        assert torch.equal(layer.state_dict()["weight"], before) == bounded
+        assert bool((y.norm(dim=-1) <= 1 + 1e-5).all()) == bounded
+
+
+def test_names_and_order_of_parameters() -> None:
+    """The adapted weight comes after what is not adapted, under torch's names for parametrized tensors."""
+    stem = "parametrizations.weight.0.default"
+    names = ["bias", "parametrizations.weight.original", f"{stem}.lora_A", f"{stem}.lora_B"]
+    assert [name for name, _ in lora.Linear(4, 6, r=2).named_parameters()] == names
+    assert [name for name, _ in original.Linear(4, 6, r=2).named_parameters()] == ["weight", "bias", "lora_A", "lora_B"]

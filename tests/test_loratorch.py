@@ -420,3 +420,32 @@ def test_files_that_loratorch_wrote(case: str) -> None:
     for name, merged in CASES[case].expected.items():
         if name.startswith("merged/"):
             assert_close(lp.effective_weight(model, name.removeprefix("merged/")).detach(), merged)
+
+
+def test_the_start_of_attention() -> None:
+    """A is kaiming in every column, whichever the letters; B is zero, so the layer is torch's at first."""
+    layer = lora.MultiheadAttention(48, 2, ["v"], r=4)
+    A = layer.v_lora_A
+    assert bool((A != 0).all())
+    assert A.abs().max() <= 48**-0.5
+    assert not layer.v_lora_B.any()
+    torch.manual_seed(1)
+    layer = lora.MultiheadAttention(48, 2, r=4)
+    with torch.no_grad():
+        before = layer.in_proj_weight.clone()
+    layer.reset_parameters()
+    with torch.no_grad():
+        assert not torch.equal(layer.in_proj_weight, before)
+    x = torch.randn(3, 2, 48)
+    with lp.disabled(layer):
+        base = layer(x, x, x)[0]
+    assert_close(layer(x, x, x)[0], base, rtol=0, atol=0)
+
+
+def test_marking_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Totals are printed by the function of that name."""
+    layer = lora.Linear(4, 6, r=2)
+    lora.mark_only_lora_as_trainable(layer, bias="all")
+    assert capsys.readouterr().out == ""
+    lora.print_trainable_parameters(layer)
+    assert capsys.readouterr().out == "trainable params: 26 || all params: 50 || trainable%: 52.00\n"

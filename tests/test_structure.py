@@ -34,7 +34,7 @@ FLOORS = (
     ("adapters",),
     ("merging", "check", "training"),
     ("state", "formats.files"),
-    ("formats.bases",),
+    ("handmade", "formats.bases"),
     ("formats.content",),
     ("formats.portable",),
     ("formats.peft_patterns", "formats.peft_shapes", "formats.peft_starts", "formats.peft_keys"),

@@ -1,0 +1,112 @@
+"""LoRA layers written by hand, as tutorials do, turned into adapters on the layer they wrap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import attach, detach
+from .errors import AttachError
+from .methods import DoRA, LoRA
+from .state import load_state_dict
+
+_SHAPE = (
+    "allowed: a module with `linear` (nn.Linear) and `lora`, which has A (in, r), B (r, out) and a number alpha, and "
+    "where it is a DoRA `m` (1, in)"
+)
+
+
+def from_layer(module: nn.Module, *, name: str = "default") -> nn.Linear:
+    """The ``nn.Linear`` inside a hand-written LoRA layer, in place, with an adapter that does what the layer did.
+
+    Known are the tutorials' ``LinearWithLoRA`` and ``LinearWithLoRAMerged``, W + alpha·(A·B)ᵀ, and
+    ``LinearWithDoRAMerged``, m·V/‖V‖ with the norm over dim 0, by their attributes. That the adapter does the same is
+    checked on random inputs. Put the result where the module was.
+
+    Args:
+        module: the layer; afterwards only what it wraps is of use.
+        name: the adapter's name.
+
+    Raises:
+        AttachError: the module has other attributes, or computes something else: the layer that normalises the
+            *activations* of its LoRA branch (``LinearWithDoRA``) is no function of a weight at all.
+        RankError: r is above min(out, in).
+
+    Example:
+        >>> class LoRALayer(nn.Module):
+        ...     def __init__(self, in_dim, out_dim, rank, alpha):
+        ...         super().__init__()
+        ...         self.A = nn.Parameter(torch.randn(in_dim, rank))
+        ...         self.B = nn.Parameter(torch.randn(rank, out_dim))
+        ...         self.alpha = alpha
+        >>> class LinearWithLoRA(nn.Module):
+        ...     def __init__(self, linear, rank, alpha):
+        ...         super().__init__()
+        ...         self.linear = linear
+        ...         self.lora = LoRALayer(linear.in_features, linear.out_features, rank, alpha)
+        ...
+        ...     def forward(self, x):
+        ...         return self.linear(x) + self.lora.alpha * (x @ self.lora.A @ self.lora.B)
+        >>> layer, x = LinearWithLoRA(nn.Linear(4, 6), rank=2, alpha=3), torch.randn(5, 4)
+        >>> before = layer(x)
+        >>> torch.testing.assert_close(from_layer(layer)(x), before)
+    """
+    linear: Any = getattr(module, "linear", None)
+    lora: Any = getattr(module, "lora", None)
+    A, B, alpha = (getattr(lora, attribute, None) for attribute in ("A", "B", "alpha"))
+    if not isinstance(linear, nn.Linear) or not isinstance(A, Tensor) or not isinstance(B, Tensor) or alpha is None:
+        raise AttachError(f"{type(module).__name__} is no layer that is known; {_SHAPE}")
+    out, in_ = linear.weight.shape
+    r = A.shape[-1]
+    if (tuple(A.shape), tuple(B.shape)) != ((in_, r), (r, out)):
+        raise AttachError(f"{type(module).__name__}: A {tuple(A.shape)}, B {tuple(B.shape)}; {_SHAPE}")
+    m: Any = getattr(module, "m", None)
+    if isinstance(m, Tensor) and m.numel() != in_:
+        raise _other(module)
+    # The tutorials' alpha is s itself.
+    settings: dict[str, Any] = {"r": r, "alpha": float(alpha) * r}
+    method = LoRA(**settings) if m is None else DoRA(**settings, axis="in", detach_norm=False)
+    factors = {"weight.lora_A": A.t(), "weight.lora_B": B.t()}
+    if isinstance(m, Tensor):
+        factors["weight.magnitude"] = m.flatten()
+    x, expected = _sample(module, linear)
+    attach(linear, method, "weight", name=name)
+    try:
+        load_state_dict(linear, {key: factor.detach() for key, factor in factors.items()}, name)
+        _check(module, linear, x, expected)
+    except BaseException:
+        detach(linear, name)
+        raise
+    return linear
+
+
+def _sample(module: nn.Module, linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Random inputs, and what the module makes of them."""
+    x = torch.randn(8, linear.in_features, generator=torch.Generator().manual_seed(0)).to(linear.weight)
+    mode = module.training
+    try:
+        with torch.no_grad():
+            return x, module.eval()(x)
+    finally:
+        module.train(mode)
+
+
+def _check(module: nn.Module, linear: nn.Linear, x: Tensor, expected: Tensor) -> None:
+    with torch.no_grad():
+        actual = linear(x)
+    # Another order of operations in the layer's own precision.
+    close = expected.shape == actual.shape and torch.allclose(
+        actual, expected, rtol=0, atol=float(64 * torch.finfo(actual.dtype).eps * expected.abs().max())
+    )
+    if not close:
+        raise _other(module)
+
+
+def _other(module: nn.Module) -> AttachError:
+    return AttachError(
+        f"{type(module).__name__} does not compute what its attributes say, W + alpha·(A·B)ᵀ or a DoRA of it with the "
+        "norm over dim 0. A layer that normalises its activations is no function of a weight: use lp.DoRA(r=...) on "
+        "the plain layer and train again"
+    )
