@@ -53,6 +53,16 @@ def test_a_layer_computes_with_what_apply_says(case: str, method: str) -> None:
     assert_close(torch.autograd.grad(got, tensors, direction), torch.autograd.grad(wanted, tensors, direction))
 
 
+def test_a_vector_reads_as_a_matrix() -> None:
+    """So that a bias or a norm's weight can have a LoRA."""
+    layer, x = nn.LayerNorm(6), torch.randn(3, 6)
+    (row,) = lp.attach(layer, lp.LoRA(r=1), "weight", layout=lp.Layout(rows=2))
+    assert (row.num_params, str(row.layout)) == (5, "flat (2, in)")
+    shake(layer)
+    A, B = lp.parameters(layer)
+    assert_close(layer(x), F.layer_norm(x, (6,), 1 + (B @ A).flatten(), layer.bias))
+
+
 def test_dropout_of_the_input_reaches_the_update_alone() -> None:
     """A convolution's kernel s·B·A does not factor, so there it has a convolution of its own."""
     layer, x = nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, 5, 5)

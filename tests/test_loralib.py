@@ -453,6 +453,11 @@ def test_assigning_and_resetting_factors() -> None:
     conv = moved(lora.Conv2d(2, 4, 3, r=2))
     conv.reset_parameters()
     assert not conv.lora_B.any()
+    table = moved(lora.Embedding(5, 4, r=2, padding_idx=1))
+    table.weight.data.fill_(1.0)
+    table.reset_parameters()
+    assert (table.state_dict()["weight"] == 0).all(1).tolist() == [False, True, False, False, False]
+    assert not table.lora_A.any()
 
 
 # --- what is given that makes no sense --------------------------------------------------------------------------
