@@ -1,26 +1,32 @@
-"""Model methods that replace weights behind the layers' backs: transformers' tying and resizing.
+"""Model methods that work behind the layers' backs: transformers' tying, resizing and saving.
 
 ``tie_weights()`` assigns one layer's parameter to another and ``resize_token_embeddings()`` swaps embeddings. With
-an adapted embedding both would fail half-way, with an error about something else. While adapters are on such a
-model its class is guarded as its layers' are: tying runs on the plain model, resizing is refused.
+an adapted embedding both would fail half-way, with an error about something else. ``save_pretrained()`` would write
+keys that ``from_pretrained()`` does not know, so that the reloaded layers start at random. While adapters are on
+such a model its class is guarded as its layers' are: tying runs on the plain model, the others are refused.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from .errors import AttachError, listed
 from .guarded import METHOD_GUARDS, plain_base
-from .hosts import become_host, groups
+from .hosts import become_host, groups, sites
 from .suspension import plain
+
+# {model: writes the folder that save_pretrained was given, or returns False}; a trainer's checkpoints take this way.
+SAVERS: weakref.WeakKeyDictionary[nn.Module, Callable[..., bool]] = weakref.WeakKeyDictionary()
 
 
 def guard_managers(model: nn.Module) -> None:
-    """Guard the methods of every module that has them, in place, where embeddings or tied weights are adapted."""
+    """Guard the methods of every module with adapters inside that has them, in place."""
     for module in model.modules():
-        if any(callable(getattr(type(module), name, None)) for name in METHOD_GUARDS) and _managed(module):
+        if any(callable(getattr(type(module), name, None)) for name in METHOD_GUARDS) and groups(module):
             become_host(module)
 
 
@@ -43,7 +49,7 @@ def _end(model: Any, getter: str) -> Any:
 
 def _tie_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
     """``tie_weights`` on the plain model: right where it changes nothing, refused where it would."""
-    if not groups(self):
+    if not _managed(self):
         return plain_base(type(self)).tie_weights(self, *args, **kwargs)  # type: ignore[attr-defined]
     with plain(self, "detached"):
         before = _bindings(self)
@@ -68,8 +74,28 @@ def _resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args
     return plain_base(type(self)).resize_token_embeddings(self, new_num_tokens, *args, **kwargs)  # type: ignore[attr-defined]
 
 
+def _save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    """``save_pretrained``, refused where the file would have keys that ``from_pretrained`` does not know."""
+    keys = kwargs.get("state_dict")
+    ours = tuple(f"{site.path[: -len(site.name)]}parametrizations.{site.name}." for site in sites(self))
+    if not ours or (keys is not None and not any(key.startswith(ours) for key in keys)):
+        return plain_base(type(self)).save_pretrained(self, save_directory, *args, **kwargs)  # type: ignore[attr-defined]
+    if self in SAVERS and SAVERS[self](self, save_directory, **kwargs):
+        return None
+    raise AttachError(
+        "save_pretrained() of a model with adapters would write keys that from_pretrained() does not know, and the "
+        "reloaded layers would start at random; `with lp.merged(model):` (or lp.detached) save the plain model, "
+        "lp.save(model, path) the adapter alone; for the checkpoints of a Trainer give it "
+        "callbacks=[loraparam.integrations.transformers.AdapterCheckpoints()]"
+    )
+
+
 def _bindings(model: nn.Module) -> dict[str, int]:
     return {path: id(parameter) for path, parameter in model.named_parameters(remove_duplicate=False)}
 
 
-METHOD_GUARDS.update(tie_weights=_tie_weights, resize_token_embeddings=_resize_token_embeddings)
+METHOD_GUARDS.update(
+    tie_weights=_tie_weights,
+    resize_token_embeddings=_resize_token_embeddings,
+    save_pretrained=_save_pretrained,
+)

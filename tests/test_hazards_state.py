@@ -95,20 +95,12 @@ def test_an_adapted_models_own_state_dict_loads_into_another() -> None:
     assert_close(other(x()), model(x()), **EXACT)
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="needs a hook in save_pretrained, or a base view of state_dict")
-def test_a_naive_save_pretrained_reloads_or_is_refused(tmp_path) -> None:
+def test_a_naive_save_pretrained_is_refused(tmp_path) -> None:
     """The file has parametrize's keys: from_pretrained re-initialises the layer, with a warning in a log."""
-    model, ids = t5(), torch.tensor([[1, 2, 3]])
-    base = model(input_ids=ids, decoder_input_ids=ids).logits
-    adapted(model, targets="SelfAttention.q")
-    merged = model(input_ids=ids, decoder_input_ids=ids).logits
-    try:
+    model = adapted(t5(), targets="SelfAttention.q")
+    with pytest.raises(lp.AttachError, match=r"save_pretrained\(\) of a model with adapters .* start at random"):
         model.save_pretrained(tmp_path)
-    except lp.LoraparamError:
-        return
-    output = type(model).from_pretrained(tmp_path)(input_ids=ids, decoder_input_ids=ids).logits
-    # The effect of the adapter is a thousand times larger; a re-initialised layer is as far off.
-    assert any((output - expected).abs().max() < 1e-4 for expected in (base, merged))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_on_a_root_module_keeps_its_name_in_a_checkpoint(tmp_path) -> None:

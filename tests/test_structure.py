@@ -48,8 +48,8 @@ FLOORS = (
     ("tools.*",),
     ("tools",),
     ("",),  # the public surface
-    ("dropins", "testing.*", "cli.demo_data", "cli.common"),
-    ("loralib", "loratorch", "testing.layer_laws", "cli.demo_*"),
+    ("dropins", "integrations", "testing.*", "cli.demo_data", "cli.common"),
+    ("loralib", "loratorch", "integrations.*", "testing.layer_laws", "cli.demo_*"),
     ("testing.method_laws", "cli.*"),
     ("testing.checks", "cli"),
     ("testing",),

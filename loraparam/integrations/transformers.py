@@ -1,0 +1,112 @@
+"""Checkpoints of transformers' Trainer: what was trained, and each adapter as a file of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from ..adapters import adapters
+from ..errors import AttachError
+from ..formats import save
+from ..formats.files import write_whole
+from ..managers import SAVERS
+from ..stack import AdapterFactors
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "loraparam.integrations.transformers needs transformers (and its Trainer needs accelerate): "
+        "pip install transformers accelerate"
+    ) from error
+
+# What from_pretrained is told to read instead of what a checkpoint holds; its error shows the name.
+_NO_BASE = "only-adapters-here-attach-them-with-loraparam-load.safetensors"
+
+
+class AdapterCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """Lets a Trainer write, resume and reload checkpoints of a model with adapters.
+
+    A checkpoint holds ``adapters/<name>.safetensors`` for ``lp.load``, and in ``model.safetensors`` everything but
+    the frozen base: factors, base parameters left trainable, buffers. ``resume_from_checkpoint`` and
+    ``load_best_model_at_end`` read that into the model at hand, whose base stays as it is. ``from_pretrained`` of a
+    checkpoint raises FileNotFoundError: the base model is not in it. A model that is not transformers' own keeps
+    the Trainer's ``model.safetensors``, the whole state.
+
+    Example:
+        >>> trainer = Trainer(model, args, callbacks=[AdapterCheckpoints()])  # doctest: +SKIP
+        >>> trainer.train(resume_from_checkpoint=True)  # doctest: +SKIP
+        >>> lp.load(other, "output/checkpoint-500/adapters/default.safetensors")  # doctest: +SKIP
+
+    Raises:
+        AttachError: training begins with nothing attached.
+    """
+
+    def __init__(self) -> None:
+        self._written: Path | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        """Take over ``save_pretrained`` of the model, for the folders that this training writes."""
+        if not adapters(model):
+            raise AttachError("nothing is attached to this model; lp.attach before training, or leave the callback out")
+
+        # It keeps no model alive: whatever ends the training, the model goes with its last reference.
+        def saver(model: nn.Module, folder: Any, *, state_dict: Any = None, **options: Any) -> bool:
+            if Path(folder).name != f"checkpoint-{state.global_step}":
+                return False
+            self._written = Path(folder)
+            if options.get("is_main_process", True):
+                _save_trained(model, self._written, state_dict)
+                _save_adapters(model, self._written)
+            return True
+
+        SAVERS[_pretrained(model)] = saver
+
+    def on_save(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        """Add the adapters where the Trainer saved the model in another way than by its ``save_pretrained``."""
+        if self._written is None and args.should_save:
+            _save_adapters(model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._written = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        """Give ``save_pretrained`` back."""
+        SAVERS.pop(_pretrained(model), None)
+
+
+def _pretrained(model: nn.Module) -> nn.Module:
+    """The model itself, inside whatever wraps it."""
+    return next((module for module in model.modules() if hasattr(module, "save_pretrained")), model)
+
+
+def _save_adapters(model: nn.Module, folder: Path) -> None:
+    for name in adapters(model):
+        save(model, folder / "adapters" / f"{name}.safetensors", name=name)
+
+
+def _save_trained(model: nn.Module, folder: Path, state: dict[str, Any] | None) -> None:
+    """Write the state without the frozen base, and a configuration that says so."""
+    frozen = _frozen(model)
+    state = model.state_dict() if state is None else state
+    # Tied tensors have several keys, and a file takes no memory twice.
+    tensors = {key: value.clone() for key, value in state.items() if isinstance(value, Tensor) and key not in frozen}
+    write_whole(folder / "model.safetensors", to_bytes(tensors, {"format": "pt"}))
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_json_string"):
+        told = {**json.loads(config.to_json_string()), "transformers_weights": _NO_BASE}
+        write_whole(folder / "config.json", json.dumps(told, indent=2).encode())
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    """The keys of base parameters that do not train."""
+    factors = {
+        f"{path}.{name}"
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, AdapterFactors)
+        for name in module.names
+    }
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if not parameter.requires_grad} - factors
