@@ -14,7 +14,7 @@ from .errors import AttachError, LoraparamError, listed, nearest
 from .freezing import freeze as freeze_base
 from .freezing import unfreeze
 from .guarded import stack_of
-from .hosts import Site, groups, install, places_outside, release_hosts, remove, sites
+from .hosts import Site, groups, install, places_outside, refuse_sharded, release_hosts, remove, sites
 from .layouts import Layout
 from .managers import guard_managers
 from .methods import Factors, Method
@@ -22,6 +22,7 @@ from .methods.base import is_number
 from .plans import Plan, Row
 from .plans import plan as make_plan
 from .refusals import can_dequantize
+from .sharding import is_spread, spread_factor, whole
 from .snapshots import undone_on_error
 from .stack import AdapterFactors, AdapterStack, dense_value
 from .suspension import refuse_suspended
@@ -143,6 +144,7 @@ def _entry(row: Row, name: str, factors: Factors | None, generator: Generator | 
     assert row.place is not None
     with torch.no_grad():
         weight = dense_value(row.place.module, row.place.name)
+        stored, weight = weight, whole(weight)
         if factors is None:
             dense = weight.dequantize().to(weight.dtype) if can_dequantize(weight) else weight
             part = dense if row.part is None else row.part.take(dense)
@@ -153,6 +155,9 @@ def _entry(row: Row, name: str, factors: Factors | None, generator: Generator | 
         else:
             dtypes = row.factor_dtypes
             factors = {key: value.to(weight.device, dtypes[key], copy=True) for key, value in factors.items()}
+        if is_spread(stored):
+            dims = row.method.dims() if row.part is None else {}
+            factors = {k: spread_factor(v, dims.get(k, ()), stored, row.layout) for k, v in factors.items()}
     return AdapterFactors(name, row.method, row.layout, row.part, row.shape, factors)
 
 
@@ -222,7 +227,8 @@ def release(model: nn.Module) -> None:
 
 
 def refuse_outside(group: list[Site], action: str) -> None:
-    """Raise where only some of a tied weight's places are in the model at hand."""
+    """Raise where only some of a tied weight's places are in the model at hand, or FSDP has it in its care."""
+    refuse_sharded(group)
     outside = places_outside(group)
     if outside:
         raise AttachError(

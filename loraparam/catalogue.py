@@ -11,6 +11,17 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+# Modules that hold another one and stand for it: {class of torch's: the attribute}. They do not change a path, so that
+# an adapter saved from a wrapped model fits the plain one.
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "AveragedModel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -77,14 +88,23 @@ def catalogue(model: nn.Module) -> Catalogue:
 
 
 def walk(module: nn.Module, path: str = "", above: frozenset[int] = frozenset()) -> Iterator[tuple[str, nn.Module]]:
-    """Every (path, module), under each of its names, without the insides of parametrizations."""
+    """Every (path, module), under each of its names, without wrappers and the insides of parametrizations."""
     if id(module) in above:
         return
-    yield path, module
+    wrapped = _wrapped(module)
+    if wrapped is None:
+        yield path, module
     for name, child in module._modules.items():
         inside_parametrize = name == "parametrizations" and isinstance(child, nn.ModuleDict)
         if child is not None and not inside_parametrize:
-            yield from walk(child, f"{path}.{name}" if path else name, above | {id(module)})
+            inner = path if name == wrapped else f"{path}.{name}" if path else name
+            yield from walk(child, inner, above | {id(module)})
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """The attribute with the module that this one stands for."""
+    own = (cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("torch."))
+    return next((_WRAPPERS[name] for name in own if name in _WRAPPERS), None)
 
 
 def parametrized(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:

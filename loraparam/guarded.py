@@ -20,6 +20,7 @@ from torch import nn
 
 from .catalogue import parametrized
 from .errors import AttachError
+from .sharding import is_spread
 from .stack import AdapterStack, read
 
 # Which modules a stack is installed on: tells whether a walked part of a model holds all of a tied group.
@@ -152,11 +153,11 @@ def plain_base(cls: type) -> type:
 
 
 def refuse_wrapped(module: nn.Module) -> None:
-    """Raise where another library has wrapped the guarded class, as FSDP does: its parameters are sharded."""
+    """Raise where another library has wrapped the guarded class."""
     if not type(module).__dict__.get(_MARK):
         raise AttachError(
             f"its module was wrapped as {type(module).__name__} by {type(module).__module__} after the adapters came "
-            "on (sharded, most likely), so they cannot be taken off or folded; do it on the unsharded model"
+            "on, so they cannot be taken off or folded; do it on the model as it was"
         )
 
 
@@ -166,6 +167,12 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
         parametrized(self)[name].register_parameter("original", param)
         return
     refuse_assignment(self, name)
+    if is_spread(param) and parametrized(self) and not is_spread(self._parameters.get(name)):
+        # It would go on to parametrizations.<name>.original, which is not the module's own, and stop half-way.
+        raise AttachError(
+            f"{type(self).__name__} carries adapters, and cannot be made tensor parallel; parallelize the model first, "
+            "then attach: the factors are placed like the weight"
+        )
     plain_base(type(self)).register_parameter(self, name, param)  # type: ignore[attr-defined]
 
 

@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .catalogue import parametrized, walk
+from .errors import LoraparamError
 from .guarded import GuardedMeta, ensure_property, host_class, hosts_of, refresh_rnn, refuse_wrapped, stack_of
+from .sharding import refuse_fsdp
 from .stack import AdapterStack
 
 _STATE = "_loraparam"
@@ -64,6 +66,15 @@ def groups(model: nn.Module) -> list[list[Site]]:
 
 def _is_alias(site: Site) -> bool:
     return bool(getattr(parametrized(site.module)[site.name], "_loraparam_alias", False))
+
+
+def refuse_sharded(group: list[Site]) -> None:
+    """Raise where a tensor of these places, or an adapter's factors on it, are in FSDP's care."""
+    for site in group:
+        try:
+            refuse_fsdp(site.module, *parametrized(site.module)[site.name].parameters())
+        except LoraparamError as error:
+            raise error.at(site.path) from None
 
 
 def install(module: nn.Module, name: str, stack: AdapterStack, *, alias: bool = False) -> None:

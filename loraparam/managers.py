@@ -16,7 +16,8 @@ from torch import nn
 
 from .errors import AttachError, listed
 from .guarded import METHOD_GUARDS, plain_base
-from .hosts import become_host, groups, sites
+from .hosts import become_host, groups
+from .stack import AdapterStack
 from .suspension import plain
 
 # {model: writes the folder that save_pretrained was given, or returns False}; a trainer's checkpoints take this way.
@@ -77,7 +78,7 @@ def _resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args
 def _save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     """``save_pretrained``, refused where the file would have keys that ``from_pretrained`` does not know."""
     keys = kwargs.get("state_dict")
-    ours = tuple(f"{site.path[: -len(site.name)]}parametrizations.{site.name}." for site in sites(self))
+    ours = tuple(f"{path.rpartition('.')[0]}." for path, part in self.named_modules() if isinstance(part, AdapterStack))
     if not ours or (keys is not None and not any(key.startswith(ours) for key in keys)):
         return plain_base(type(self)).save_pretrained(self, save_directory, *args, **kwargs)  # type: ignore[attr-defined]
     if self in SAVERS and SAVERS[self](self, save_directory, **kwargs):

@@ -8,6 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from .catalogue import Leaf, Place, shown_value
 from .errors import AttachError
+from .sharding import in_fsdp
 
 
 def refuse(leaf: Leaf, place: Place) -> None:
@@ -20,6 +21,8 @@ def refuse(leaf: Leaf, place: Place) -> None:
         raise AttachError(f"its module recomputes it before each forward with {leaf.outdated}")
     for other in leaf.places:
         _refuse_module(other.module)
+        if in_fsdp(other.module, leaf.base):
+            raise AttachError("it is managed by FSDP; attach first, then shard the adapted model")
     if leaf.base is None:
         if not torch.is_tensor(shown_value(place.module, place.name)):
             raise AttachError("its parametrization yields no tensor")
@@ -39,8 +42,6 @@ def _refuse_module(module: nn.Module) -> None:
 def _refuse_tensor(tensor: Tensor) -> None:
     if is_lazy(tensor):
         raise AttachError("it is not initialised yet; run one forward of the lazy module first")
-    if _is_sharded(tensor):
-        raise AttachError("it is managed by FSDP or tensor parallelism; attach first, then shard the adapted model")
     if tensor.is_meta:
         raise AttachError("it is on the meta device and has no values; load the weights first, or turn offloading off")
     if tensor.is_inference():
@@ -58,8 +59,3 @@ def can_dequantize(tensor: Tensor) -> bool:
     """Whether the tensor is of a quantized subclass (torchao's, say) that yields its values."""
     kind = type(tensor)
     return kind is not nn.Parameter and kind is not Tensor and kind.dequantize is not Tensor.dequantize
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    names = {cls.__name__ for cls in type(tensor).__mro__}
-    return bool({"DTensor", "FlatParameter"} & names) or getattr(tensor, "_is_flat_param", False)

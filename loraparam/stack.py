@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,14 +21,15 @@ from torch.nn.utils import parametrize
 from . import operations as operations  # fills the handlers of EffectiveWeight
 from .catalogue import shown_value
 from .effective import EffectiveWeight, make, tell, watched
-from .errors import LoraparamError
+from .errors import AttachError, LoraparamError
 from .execution import execution, must_be_dense
-from .forms import Form, squared_norm
+from .forms import Form
 from .functional import Axis, autocasts, compute_dtype
 from .layouts import Layout
 from .methods import Factors, Method
 from .refusals import can_dequantize
 from .slices import Slice
+from .squares import kept_squares
 
 # One adapter acting at one target: (its entry, its strength, the factors as this read sees them).
 Step = tuple["AdapterFactors", float | Tensor, Factors]
@@ -68,6 +68,7 @@ class AdapterFactors(nn.Module):
         self.strength = 1.0
         self.holds = 0
         self.names = tuple(factors)
+        self.shapes = {name: factor.shape for name, factor in factors.items()}
         for name, factor in factors.items():
             self.register_parameter(name, nn.Parameter(factor))
         device = next(iter(factors.values())).device if factors else torch.device("cpu")
@@ -116,6 +117,22 @@ class AdapterFactors(nn.Module):
             return dict(own)  # type: ignore[arg-type]
         # Sharded training puts plain tensors in the parameters' place.
         return {name: own[name] if name in own else getattr(self, name) for name in self.names}  # type: ignore[misc]
+
+    def values(self) -> Factors:
+        """The factors without gradients, as state dicts have them.
+
+        Raises:
+            AttachError: FSDP1 shows them in its flat form.
+        """
+        values = {name: factor.detach() for name, factor in self.factors().items()}
+        for name, value in values.items():
+            if value.shape != self.shapes[name] and value.dim() < 2:
+                raise AttachError(
+                    f"{name!r} is sharded by FSDP: here it has shape {tuple(value.shape)} instead of "
+                    f"{tuple(self.shapes[name])}; inside `with FullyShardedDataParallel.summon_full_params(model):` "
+                    "it is whole"
+                )
+        return values
 
     def seen(self, noisy: bool) -> Factors:
         """The factors as one read sees them: in training, after dropout."""
@@ -216,23 +233,6 @@ class AdapterStack(nn.Module):
             (entry, entry.strength, entry.seen(noisy)) for entry in entries if entry.strength != 0 and not entry.holds
         ]
 
-    def squares(self, base: Tensor, layout: Layout, axis: Axis) -> Tensor:
-        """‖W‖² along an axis, kept for a frozen base until it changes."""
-        if base.requires_grad or base.is_inference():
-            return squared_norm(layout.matrix(base), axis)
-        # The version counts writes in place, the pointer tells a new storage, the reference a new tensor.
-        key = (base.data_ptr(), base._version, base.dtype, layout)
-        kept = _squares.setdefault(self, {})
-        if axis not in kept or kept[axis][0]() is not base or kept[axis][1] != key:
-            with torch.no_grad():
-                kept[axis] = (weakref.ref(base), key, squared_norm(layout.matrix(base), axis))
-        squares: Tensor = kept[axis][2]
-        return squares
-
-
-# {stack: {axis: (base, what it was like, ‖W‖²)}}; beside the modules, so that copies and pickles start without.
-_squares: weakref.WeakKeyDictionary[AdapterStack, dict[Axis, Any]] = weakref.WeakKeyDictionary()
-
 
 def apply_steps(base: Tensor, steps: Sequence[Step], noisy: bool) -> Tensor:
     """The chain of ``apply``s: in float32 or wider, outside of autocast, rounded once."""
@@ -268,7 +268,7 @@ class Head:
         layout, base = self._layout(), self._base
         if layout is None or self._stack.volatile:
             return None
-        squares = functools.partial(self._stack.squares, base, layout)
+        squares = functools.partial(kept_squares, self._stack, base, layout)
         return _extended(Form(base, layout, noisy=self.noisy, squares=squares), self._steps)
 
     def take(self, index: int | Tensor) -> Form | None:
@@ -281,7 +281,7 @@ class Head:
         own_layout = layout.select(0) if isinstance(index, int) else layout
 
         def squares(axis: Axis) -> Tensor:
-            return self._stack.squares(base, layout, axis)[index]
+            return kept_squares(self._stack, base, layout, axis)[index]
 
         return _extended(Form(base[index], own_layout, noisy=self.noisy, squares=squares), steps)
 

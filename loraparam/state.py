@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .adapters import check_known, entries_of
 from .errors import StateError, listed, nearest
 from .merging import detached, merged
+from .sharding import is_spread, spread, whole
 
 
 class Incompatible(NamedTuple):
@@ -36,9 +37,9 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         ['weight.lora_A', 'weight.lora_B']
     """
     return {
-        f"{path}.{factor}": tensor.detach()
+        f"{path}.{factor}": tensor
         for path, entry in entries_of(model, name)
-        for factor, tensor in entry.factors().items()
+        for factor, tensor in entry.values().items()
     }
 
 
@@ -80,7 +81,8 @@ def load_state_dict(
 def _copy(values: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for key, value in values.items():
-            into[key].copy_(value)
+            own = into[key]
+            own.copy_(spread(whole(value), own) if is_spread(own) else whole(value))
 
 
 def check_factor(key: str, tensor: Any, shape: Sequence[int], dtype: torch.dtype) -> None:

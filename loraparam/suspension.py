@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import AttachError
 from .freezing import unfreeze
-from .hosts import Site, groups, release_hosts, remove
+from .hosts import Site, groups, refuse_sharded, release_hosts, remove
 from .snapshots import Snapshot
 
 # Modules inside an open block, and the block's name.
@@ -27,10 +27,13 @@ def plain(model: nn.Module, block: str, fold: Callable[[list[Site]], None] | Non
         fold: called with the sites of each stack before it is taken off.
     """
     refuse_suspended(model, unless=block)
+    found = groups(model)
+    for group in found:
+        refuse_sharded(group)
     before = Snapshot(model)
     inside = {module: block for module in model.modules() if module not in _suspended}
     try:
-        for group in groups(model):
+        for group in found:
             if fold is not None:
                 fold(group)
             for site in group:

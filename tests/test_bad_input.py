@@ -167,7 +167,7 @@ def _inference() -> nn.Module:
 
 def _flat() -> nn.Module:
     layer = nn.Linear(6, 4)
-    layer.weight._is_flat_param = True  # as FSDP marks what it manages
+    layer.weight._fsdp_flattened = True  # as FSDP marks what it manages
     return layer
 
 
@@ -182,7 +182,7 @@ class Sealed(nn.Linear):
         (_integer, r"dtype is torch\.int8; allowed: a floating-point tensor, or a quantized one with dequantize"),
         (lambda: _integer(Opaque), r"dtype is torch\.int8; allowed: .* a quantized one with dequantize"),
         (_inference, r"made in inference mode .*; build or load the model outside of torch\.inference_mode"),
-        (_flat, r"managed by FSDP .*; attach first, then shard"),
+        (_flat, r"managed by FSDP; attach first, then shard"),
         (lambda: nn.Linear(6, 4, device="meta"), r"on the meta device .*; load the weights first"),
         (lambda: nn.LazyLinear(4), r"not initialised yet; run one forward"),
         (lambda: nn.Embedding(6, 4, sparse=True), r"sparse=True: .*; set module\.sparse = False"),

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -228,22 +227,15 @@ def shard_flat(model: nn.Module, mesh: DeviceMesh) -> Any:
     return FullyShardedDataParallel(model, use_orig_params=True, device_mesh=mesh, device_id=torch.device("cpu"))
 
 
-def split(model: nn.Module, mesh: DeviceMesh) -> Any:
-    return parallelize_module(model, mesh, {"0": ColwiseParallel()})
-
-
 def replicate(model: nn.Module, mesh: DeviceMesh) -> Any:
     return DistributedDataParallel(model)
 
 
-_flat = pytest.mark.xfail(raises=pytest.fail.Exception, reason="FSDP1 is not recognised yet")
-
-
-@pytest.mark.parametrize("distribute", [shard, pytest.param(shard_flat, marks=_flat), split])
-def test_attaching_to_a_distributed_model_is_refused_by_name(distribute, mesh: DeviceMesh) -> None:
+@pytest.mark.parametrize("distribute", [shard, shard_flat])
+def test_attaching_to_a_sharded_model_is_refused_by_name(distribute, mesh: DeviceMesh) -> None:
     """Mixed Tensor and DTensor in some later operation, or a parameter group that points at a name now gone."""
     model = distribute(two_layers(), mesh)
-    with pytest.raises(lp.AttachError, match="managed by FSDP or tensor parallelism; attach first"):
+    with pytest.raises(lp.AttachError, match="managed by FSDP; attach first"):
         lp.attach(model, lp.LoRA(r=2))
 
 

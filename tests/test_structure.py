@@ -20,9 +20,11 @@ PACKAGE = "loraparam"
 # format or command needs no change to this list.
 FLOORS = (
     ("errors", "functional", "catalogue", "overrides"),
-    ("layouts", "refusals", "fused", "execution"),
+    ("layouts", "fused", "execution"),
+    ("sharding",),
+    ("refusals",),
     ("slices", "forms"),
-    ("targets", "methods.base", "effective"),
+    ("targets", "methods.base", "effective", "squares"),
     ("methods.lowrank", "operations.registry"),
     ("methods.*", "operations.*"),
     ("methods", "operations"),

@@ -11,7 +11,9 @@ from torch import nn
 from ..adapters import check_known, check_name
 from ..errors import FormatError, listed, nearest
 from ..plans import Plan
+from ..sharding import one_writes
 from ..suspension import refuse_suspended
+from ..training import parameters
 from . import native, peft
 from .bases import Base, ModelBase
 from .content import Content, attach_content, content_of
@@ -29,6 +31,9 @@ def save(
     **options: Any,
 ) -> None:
     """Write one adapter to a file, whole or not at all.
+
+    Where its factors are in parts on several processes (FSDP2, tensor parallelism), all of them must call this: they
+    gather, and the first writes.
 
     Args:
         model: a model with the adapter.
@@ -54,7 +59,9 @@ def save(
     """
     refuse_suspended(model)
     check_known(model, name)
-    write_content(path, content_of(model, name), ModelBase(model), format=format, **options)
+    content = content_of(model, name)
+    if one_writes(parameters(model, name)):
+        write_content(path, content, ModelBase(model), format=format, **options)
 
 
 def load(

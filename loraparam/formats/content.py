@@ -25,6 +25,7 @@ from ..errors import FormatError, LoraparamError, StateError, listed, nearest
 from ..layouts import Layout
 from ..methods import Factors, Full, Method
 from ..plans import Plan, Row, row_at
+from ..sharding import whole
 from ..slices import overlap
 from ..state import check_factor
 from .bases import Base, ModelBase
@@ -88,7 +89,7 @@ def content_of(model: nn.Module, name: str) -> Content:
     base = ModelBase(model)
     items = []
     for path, entry in entries_of(model, name):
-        factors = {key: factor.detach() for key, factor in entry.factors().items()}
+        factors = {key: whole(factor) for key, factor in entry.values().items()}
         for key, factor in factors.items():
             if not bool(torch.isfinite(factor).all()):
                 raise StateError(
@@ -184,7 +185,7 @@ def fingerprint(weight: Tensor | None) -> list[float] | None:
     """The norm of a weight and eight of its elements: tells another base, and survives a change of dtype."""
     if weight is None or weight.numel() == 0:
         return None
-    flat = weight.detach().reshape(-1)
+    flat = whole(weight.detach()).reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, 8, dtype=torch.float64).long().to(flat.device)
     # By blocks: a float32 copy of the whole would be the largest tensor around.
     norms = [torch.linalg.vector_norm(b.float() if b.dtype.itemsize < 4 else b) for b in flat.split(1 << 22)]

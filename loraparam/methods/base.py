@@ -71,6 +71,14 @@ class Method(ABC):
         """
         return None
 
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        """{factor: what its last dims run along}: "out" or "in" of the weight, or "".
+
+        Where the weight is in parts on several processes, its factors are in parts alike. One that is not named
+        is whole on each, unless it is shaped as the weight; that is right for any factor, and takes more memory.
+        """
+        return {}
+
     def regularize(self, factors: Factors, layout: Layout) -> Factors:
         """The factors as one training step sees them (dropout); called in training mode only."""
         return factors

@@ -100,6 +100,10 @@ class DoRA(LowRank):
         )
         return layout.tensor(W, weight.shape)
 
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        """A (r, in), B (out, r), one magnitude per output or input."""
+        return {**super().dims(), "magnitude": (self.axis,)}
+
     def factored(self, form: Form, factors: Factors) -> Form | None:
         """One more term, then rows (or columns) scaled."""
         form = self.term(form, factors)

@@ -95,6 +95,10 @@ class LowRank(Method):
         dropout = self.dropout if form.noisy and self.needs_input else 0.0
         return form.add(factors["lora_A"], factors["lora_B"], self.scale, dropout)
 
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        """A (r, in), B (out, r)."""
+        return {"lora_A": ("", "in"), "lora_B": ("out", "")}
+
     def config(self) -> dict[str, Any]:
         """The hyperparameters, under the names the constructor takes."""
         config = super().config()

@@ -47,6 +47,10 @@ class Magnitude(Method):
         W = magnitude(layout.matrix(weight), factors["magnitude"], axis=self.axis)
         return layout.tensor(W, weight.shape)
 
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        """One magnitude per output or input."""
+        return {"magnitude": (self.axis,)}
+
     def factored(self, form: Form, factors: Factors) -> Form | None:
         """Rows (or columns) scaled."""
         norm = form.norm(self.axis)

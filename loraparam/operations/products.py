@@ -14,6 +14,7 @@ from ..effective import EffectiveWeight
 from ..forms import Form, Term
 from ..functional import autocasts
 from ..refusals import can_dequantize
+from ..sharding import is_spread
 from .registry import form_of, implements, ran
 
 
@@ -60,6 +61,7 @@ def _is_plain(x: Tensor, form: Form) -> bool:
         and weight.dim() == 2
         and x.dim() >= 2
         and not can_dequantize(weight)
+        and not is_spread(weight)
         and not autocasts(x)
     )
 

@@ -1,0 +1,448 @@
+"""What two processes do together; run by test_distributed.py as ``python distributed_scenarios.py RANK FOLDER``.
+
+Each scenario trains or saves an adapted model that is spread over both, and compares with one process alone on all of
+the data. What happened in this process is written down as {scenario: error or ""}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as activations
+from torch.distributed.checkpoint import load as load_parts
+from torch.distributed.checkpoint import save as save_parts
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+import loraparam as lp
+
+EXACT = {"rtol": 0, "atol": 0}
+SCENARIOS: dict[str, Callable[[Path], None]] = {}
+TOKENS = torch.randint(7, (3, 4, 5), generator=torch.manual_seed(1))  # steps, batch, length
+
+
+def scenario(function: Callable[[Path], None]) -> Callable[[Path], None]:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+class Net(nn.Module):
+    """An embedding, two blocks with attention, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 8)
+        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True) for _ in range(2)])
+        self.head = nn.Linear(8, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+TARGETS = {
+    "in_proj_weight[q,v]": lp.LoRA(r=2),
+    "linear1": lp.DoRA(r=2),
+    "linear2": lp.LoRA(r=3, alpha=1),
+    "norm1": lp.Full(),
+    "embed": lp.LoRA(r=2),
+}
+
+
+def base(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net()
+
+
+def adapted(**options: Any) -> Net:
+    model = base()
+    lp.attach(model, TARGETS, **options)
+    return model
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(tokens).float().flatten(0, 1), tokens.roll(1, 1).flatten())
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5, momentum=0.9)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, whole_batch: bool = False) -> nn.Module:
+    """Three steps, on this process's half of each batch, or on all of it."""
+    optimizer = optimizer or sgd(model)
+    for tokens in TOKENS:
+        optimizer.zero_grad()
+        loss_of(model, tokens if whole_batch else tokens.chunk(2)[dist.get_rank()]).backward()
+        optimizer.step()
+    return model
+
+
+def alone(model: nn.Module | None = None) -> Any:
+    """The same training in one process."""
+    return train(model or adapted(), whole_batch=True)
+
+
+def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for key, tensor in state.items()}
+
+
+def same_factors(model: nn.Module, expected: nn.Module, **tolerance: float) -> None:
+    assert_close(gathered(lp.state_dict(model)), lp.state_dict(expected), **tolerance)
+
+
+def shard(model: Net, **options: Any) -> Any:
+    for block in model.blocks:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+# --- replicated -------------------------------------------------------------------------------------------------
+
+
+@scenario
+def ddp(folder: Path) -> None:
+    model = train(DistributedDataParallel(adapted()))
+    same_factors(model, alone())
+    if dist.get_rank() == 0:
+        lp.save(model, folder / "ddp.safetensors")
+    dist.barrier()
+    loaded = base()
+    lp.load(loaded, folder / "ddp.safetensors")  # the wrapper is not in its keys
+    assert_close(lp.state_dict(loaded), lp.state_dict(model), **EXACT)
+
+
+@scenario
+def ddp_with_static_graph(folder: Path) -> None:
+    same_factors(train(DistributedDataParallel(adapted(), static_graph=True)), alone())
+
+
+# --- FSDP2 ------------------------------------------------------------------------------------------------------
+
+
+@scenario
+def fsdp2(folder: Path) -> None:
+    model, expected = train(shard(adapted())), alone()
+    same_factors(model, expected)
+    assert all(hasattr(factor, "full_tensor") for factor in lp.parameters(model))
+    assert_close(gathered(model.state_dict()), expected.state_dict())  # the frozen base as well
+
+
+@scenario
+def fsdp2_with_a_trained_base(folder: Path) -> None:
+    model, expected = train(shard(adapted(freeze=False))), alone(adapted(freeze=False))
+    assert_close(gathered(model.state_dict()), expected.state_dict())
+
+
+@scenario
+def fsdp2_of_single_layers(folder: Path) -> None:
+    model = adapted()
+    for block in model.blocks:
+        fully_shard(block.linear1)
+    same_factors(train(shard(model)), alone())
+
+
+@scenario
+def fsdp2_with_mixed_precision(folder: Path) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model, expected = train(shard(adapted(), mp_policy=policy)), alone()
+    assert all(factor.dtype == torch.float32 for factor in lp.parameters(model))
+    # bfloat16 has eight bits: three steps at this learning rate differ by a few of its roundings.
+    same_factors(model, expected, rtol=0.1, atol=0.02)
+
+
+@scenario
+def fsdp2_of_a_bfloat16_base_with_float32_factors(folder: Path) -> None:
+    model, expected = base().bfloat16(), base().bfloat16()
+    for each in (model, expected):
+        torch.manual_seed(1)
+        lp.attach(each, TARGETS)
+    assert {factor.dtype for factor in lp.parameters(model)} == {torch.float32}
+    train(shard(model))
+    assert {factor.dtype for factor in lp.parameters(model)} == {torch.float32}
+    same_factors(model, alone(expected), rtol=0.1, atol=0.02)  # as above
+
+
+@scenario
+def fsdp2_with_cpu_offload(folder: Path) -> None:
+    same_factors(train(shard(adapted(), offload_policy=CPUOffloadPolicy(pin_memory=False))), alone())
+
+
+@scenario
+def fsdp2_with_activation_checkpointing(folder: Path) -> None:
+    model = adapted()
+    activations.apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, nn.TransformerEncoderLayer))
+    same_factors(train(shard(model)), alone())
+
+
+@scenario
+def fsdp2_compiled(folder: Path) -> None:
+    model = adapted()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    same_factors(train(shard(model)), alone())
+
+
+@scenario
+def fsdp2_saves_an_adapter_from_shards(folder: Path) -> None:
+    model, expected = train(shard(adapted())), alone()
+    lp.save(model, folder / str(dist.get_rank()) / "shards.safetensors")
+    dist.barrier()
+    assert not (folder / "1").exists()  # the first process writes
+    loaded = base()
+    lp.load(loaded, folder / "0" / "shards.safetensors")
+    same_factors(loaded, expected)
+    sharded = shard(loaded)
+    assert_close(gathered(lp.state_dict(sharded)), gathered(lp.state_dict(model)), **EXACT)
+    # And whole factors go into shards.
+    lp.load_state_dict(sharded, lp.state_dict(expected))
+    assert_close(gathered(lp.state_dict(sharded)), lp.state_dict(expected), **EXACT)
+    lp.load_state_dict(loaded := adapted(), lp.state_dict(sharded))
+    assert_close(lp.state_dict(loaded), lp.state_dict(expected), **EXACT)
+
+
+@scenario
+def fsdp2_resumes_from_a_distributed_checkpoint(folder: Path) -> None:
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+    def run() -> tuple[Any, torch.optim.Optimizer]:
+        model = shard(adapted())
+        return model, torch.optim.AdamW(lp.param_groups(model, 0.05, lr_ratio=4))
+
+    model, optimizer = run()
+    train(model, optimizer)
+    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
+    assert all("lora" in key or "magnitude" in key or "diff" in key for key in parts["model"])
+    save_parts(parts, checkpoint_id=folder / "parts")
+    train(model, optimizer)
+
+    resumed, optimizer = run()
+    parts = dict(zip(("model", "optimizer"), get_state_dict(resumed, optimizer, options=options), strict=True))
+    load_parts(parts, checkpoint_id=folder / "parts")
+    loaded = {"model_state_dict": parts["model"], "optim_state_dict": parts["optimizer"]}
+    set_state_dict(resumed, optimizer, **loaded, options=options)
+    train(resumed, optimizer)
+    assert_close(gathered(lp.state_dict(resumed)), gathered(lp.state_dict(model)), **EXACT)
+
+
+@scenario
+def fsdp2_loads_another_base(folder: Path) -> None:
+    model, expected = shard(adapted()), adapted()
+    other = base(seed=5).state_dict()
+    full = StateDictOptions(full_state_dict=True, strict=False)
+    # Gathered again, a weight may well lie in the same memory, as with CUDA's allocator.
+    same_memory = mock.patch.object(Tensor, "data_ptr", return_value=0)
+    with same_memory:
+        loss_of(model, TOKENS[0])  # norms of the first base have been computed, and none may be kept
+    names = {key.replace(".parametrizations", "").replace(".original", ""): key for key in model.state_dict()}
+    set_model_state_dict(model, {names[key]: tensor for key, tensor in other.items()}, options=full)
+    with same_memory:
+        output = model(TOKENS[0])
+    expected.load_state_dict(other)
+    assert_close(output, expected(TOKENS[0]))
+
+
+@scenario
+def fsdp2_refuses_what_it_cannot_follow(folder: Path) -> None:
+    model = adapted()
+    for block in model.blocks:
+        fully_shard(block)  # the layers inside keep their classes, and the head is not sharded at all
+    output = model(TOKENS[0])
+    changes = [lp.detach, lp.merge, lambda m: lp.merged(m).__enter__(), lp.base_state_dict]
+    for change in changes:
+        for part in (model, model.blocks[0], model.blocks[0].linear1):
+            refused("managed by FSDP", change, part)
+    for part, target in ((model, "linear1"), (model.blocks[0], "linear1"), (model.blocks[0].linear1, "weight")):
+        refused("managed by FSDP; attach first", lp.attach, part, lp.LoRA(r=1), target, name="late")
+    assert_close(model(TOKENS[0]), output, **EXACT)
+    # After a forward the root's own parameters stay gathered, and look like any other.
+    plain = shard(base())
+    plain(TOKENS[0])
+    refused("managed by FSDP; attach first", lp.attach, plain, lp.LoRA(r=1), "head")
+
+
+def refused(message: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    with pytest.raises(lp.AttachError, match=message):
+        function(*args, **kwargs)
+
+
+@scenario
+def fsdp2_switches_and_checks(folder: Path) -> None:
+    model, expected = shard(adapted()), adapted()
+    for each in (model, expected):
+        lp.activate(each, {"default": 0.5})
+        each.zero_grad()
+    assert [str(row) for row in lp.check(model, TOKENS[0])] == [str(row) for row in lp.check(expected, TOKENS[0])]
+    for block in (lp.disabled, lambda m: contextlib.nullcontext()):
+        with block(model), block(expected):
+            assert_close(model(TOKENS[0]), expected(TOKENS[0]))
+
+
+# --- FSDP1 ------------------------------------------------------------------------------------------------------
+
+
+def shard_flat(model: nn.Module) -> FullyShardedDataParallel:
+    policy = ModuleWrapPolicy({nn.TransformerEncoderLayer})
+    return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+@scenario
+def fsdp1(folder: Path) -> None:
+    model, expected = train(shard_flat(adapted())), alone()
+    refused("summon_full_params", lp.save, model, folder / "flat.safetensors")
+    with FullyShardedDataParallel.summon_full_params(model):
+        same_factors(model, expected)
+        if dist.get_rank() == 0:
+            lp.save(model, folder / "flat.safetensors")
+    dist.barrier()
+    lp.load(loaded := base(), folder / "flat.safetensors")
+    same_factors(loaded, expected)
+    for change in (lp.detach, lp.merge, lp.base_state_dict):
+        refused("managed by FSDP", change, model)
+    refused("managed by FSDP; attach first", lp.attach, shard_flat(base()), lp.LoRA(r=1), "head")
+
+
+# --- tensor parallel --------------------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    """Attention-like: parted by output, then by input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def mlps(mesh: DeviceMesh | None = None) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(Mlp(), Mlp())
+    if mesh is not None:
+        parallelize_module(model, mesh, {"*.up": ColwiseParallel(), "*.down": RowwiseParallel()})
+    return model
+
+
+METHODS = {
+    "lora": lp.LoRA(r=2, init="gaussian"),
+    "dora": lp.DoRA(r=2, init="gaussian"),
+    "dora of inputs": lp.DoRA(r=2, axis="in", detach_norm=False),
+    "magnitude": lp.Magnitude(),
+    "full": lp.Full(),
+}
+
+
+def fit(model: nn.Module) -> nn.Module:
+    optimizer = sgd(model)
+    for step in range(3):
+        x = torch.linspace(-1, 1, 24).view(3, 8) + step
+        optimizer.zero_grad()
+        model(x).pow(2).mean().backward()
+        optimizer.step()
+    return model
+
+
+@scenario
+def tensor_parallel(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for name, method in METHODS.items():
+        model, expected = mlps(mesh), mlps()
+        lp.attach(model, method, "all-linear", generator=torch.Generator().manual_seed(dist.get_rank()))
+        lp.attach(expected, method, "all-linear", generator=torch.Generator().manual_seed(0))
+        same_factors(model, expected, **EXACT)  # the first process's draw holds
+        fit(expected)
+        same_factors(fit(model), expected)
+        lp.save(model, folder / f"{name}.safetensors")
+        dist.barrier()
+        for loaded in (mlps(), mlps(mesh)):
+            lp.load(loaded, folder / f"{name}.safetensors")
+            same_factors(loaded, expected)
+        x = torch.randn(3, 8, generator=torch.manual_seed(2))
+        assert_close(loaded(x), expected(x))
+        with lp.merged(loaded):
+            assert_close(loaded(x), expected(x))
+        lp.merge(loaded)
+        assert_close(loaded(x), expected(x))
+        before = model[0].up.parametrizations.weight.original
+        lp.detach(model)
+        assert model[0].up.weight is before
+
+
+@scenario
+def tensor_parallel_factors_are_placed_like_the_weight(folder: Path) -> None:
+    model = mlps(init_device_mesh("cpu", (2,)))
+    lp.attach(model, {"all-linear": lp.DoRA(r=2), "0.down": lp.DoRA(r=2, axis="in"), "1.up": lp.Full()})
+    found = {name: factor.placements for name, factor in lp.named_parameters(model)}
+    assert found == {
+        "0.up.weight.lora_A": (Replicate(),),
+        "0.up.weight.lora_B": (Shard(0),),
+        "0.up.weight.magnitude": (Shard(0),),
+        "0.down.weight.lora_A": (Shard(1),),
+        "0.down.weight.lora_B": (Replicate(),),
+        "0.down.weight.magnitude": (Shard(0),),
+        "1.up.weight.diff": (Shard(0),),
+        "1.down.weight.lora_A": (Shard(1),),
+        "1.down.weight.lora_B": (Replicate(),),
+        "1.down.weight.magnitude": (Replicate(),),
+    }
+
+
+@scenario
+def tensor_parallel_after_the_adapters_is_refused(folder: Path) -> None:
+    model, mesh = mlps(), init_device_mesh("cpu", (2,))
+    lp.attach(model, lp.LoRA(r=2))
+    before = dict(model.named_parameters())
+    refused("parallelize the model first, then attach", parallelize_module, model, mesh, {"*.up": ColwiseParallel()})
+    with pytest.raises(RuntimeError, match="should be used to distribute leaf tensors"):  # torch's own
+        parallelize_module(model, mesh, {"*.down": RowwiseParallel()})
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
+# --- running them -----------------------------------------------------------------------------------------------
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store, timeout=datetime.timedelta(seconds=30))
+    results = {}
+    for name, function in SCENARIOS.items():
+        try:
+            function(folder)
+            results[name] = ""
+        except Exception:
+            results[name] = traceback.format_exc()
+        (folder / f"{rank}.json").write_text(json.dumps(results))
+    with contextlib.suppress(Exception):
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
