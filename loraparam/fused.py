@@ -64,6 +64,15 @@ def small_first(
     return y if bias is early else y.add_(bias), base  # type: ignore[arg-type]
 
 
+def reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A fresh tensor in another shape, and no view, as torch's own products return it.
+
+    Writing into a view fails where a custom function returned it, and takes FSDP's hooks off.
+    """
+    result: Tensor = torch.ops.aten._unsafe_view.default(y, shape)
+    return result
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Any, row: Any, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -72,7 +81,7 @@ class _Linear(torch.autograd.Function):
         y, base = small_first(x2, thin, W, bias, row, B, scale)
         ctx.save_for_backward(x, W, row, A, B, thin, base if row is not None and row.requires_grad else None)
         ctx.scale = scale
-        return y.view(*x.shape[:-1], W.shape[0])
+        return y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], W.shape[0]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

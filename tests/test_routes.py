@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import loraparam as lp
 from loraparam import fused
+from loraparam.operations import products
 
 METHODS = {
     "lora": lp.LoRA(r=2, alpha=3),
@@ -307,3 +308,22 @@ def test_cached_norm_follows_the_base() -> None:
             with lp.execution("merged"):
                 want = layer(x)
             assert_close(layer(x), want, rtol=1e-9, atol=1e-10)  # float64, another order of sums
+
+
+# --- what is done with the output -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("worth", [True, False])
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
+def test_an_output_takes_what_is_done_in_place(shape: tuple[int, ...], worth: bool, monkeypatch) -> None:
+    """As that of a plain layer does: it is no view, which a custom function may not return, and on which FSDP warns."""
+    monkeypatch.setattr(products, "_worth_fusing", lambda x, form: worth)
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True)), torch.randn(shape)
+    lp.attach(model, lp.LoRA(r=2, init="gaussian"))
+    assert not model[0](x)._is_view()
+    model(x).sum().backward()
+    gradients = [factor.grad.clone() for factor in lp.parameters(model)]
+    model.zero_grad()
+    with lp.execution("merged"):
+        model(x).sum().backward()
+    assert_close(gradients, [factor.grad for factor in lp.parameters(model)])

@@ -50,7 +50,7 @@ def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = Non
         y = fused.base_first(scaled, flat, matrix, bias, post, down, up, scale)
     else:
         y = fused.small_first(scaled, F.linear(flat, down), matrix, bias, post, up, scale)[0]
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else fused.reshaped(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def _is_plain(x: Tensor, form: Form) -> bool:
