@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from .catalogue import parametrized, walk
 from .errors import LoraparamError
 from .guarded import GuardedMeta, ensure_property, host_class, hosts_of, refresh_rnn, refuse_wrapped, stack_of
+from .lists import AdaptedList
 from .sharding import refuse_fsdp
 from .stack import AdapterStack
 
@@ -83,7 +84,7 @@ def install(module: nn.Module, name: str, stack: AdapterStack, *, alias: bool = 
     if plist is None:
         original = module._parameters[name]
         # unsafe: shape and dtype hold by construction, and checking them would evaluate the weight.
-        plist = parametrize.ParametrizationList([stack], original, unsafe=True)  # type: ignore[arg-type]
+        plist = AdaptedList([stack], original, unsafe=True)  # type: ignore[arg-type]
     become_host(module)
     lists = module._modules.get("parametrizations")
     if not isinstance(lists, nn.ModuleDict):
@@ -110,6 +111,8 @@ def remove(module: nn.Module, name: str) -> None:
     index = next(i for i, child in enumerate(children) if isinstance(child, AdapterStack))
     if len(children) > 1:
         del plist[index]
+        if type(plist) is AdaptedList:
+            plist.__class__ = parametrize.ParametrizationList  # type: ignore[assignment]
     else:
         del module._modules["parametrizations"]._modules[name]  # type: ignore[union-attr]
         module._parameters[name] = plist._parameters["original"]

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from . import operations as operations  # fills the handlers of EffectiveWeight
 from .catalogue import shown_value
@@ -26,6 +25,7 @@ from .execution import execution, must_be_dense
 from .forms import Form
 from .functional import Axis, autocasts, compute_dtype
 from .layouts import Layout
+from .lists import AdaptedList
 from .methods import Factors, Method
 from .refusals import can_dequantize
 from .slices import Slice
@@ -341,7 +341,7 @@ def _evaluate(plist: nn.Module) -> Tensor:
     direct = (
         not others
         and original is not None
-        and type(plist) is parametrize.ParametrizationList
+        and type(plist) is AdaptedList
         and type(first) is AdapterStack
         and not (plist._forward_pre_hooks or plist._forward_hooks or first._forward_pre_hooks or first._forward_hooks)
         and not torch.compiler.is_compiling()

@@ -7,7 +7,6 @@ test_hazards_systems.py.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import pickle
@@ -279,16 +278,18 @@ def test_spectral_norm_put_on_top_of_an_adapter_survives_its_removal() -> None:
     expected = parametrizations.spectral_norm(nn.Linear(4, 4)).eval()
     lp.detach(model)
     assert list(model.state_dict()) == list(expected.state_dict())
+    assert type(model.parametrizations.weight) is parametrize.ParametrizationList
     assert model(x()).isfinite().all()
 
 
-@pytest.mark.xfail(raises=TypeError, reason="torch puts weight_norm on any list; refusing needs a list of our own")
-def test_weight_norm_on_top_of_an_adapter_works_or_is_refused() -> None:
+def test_weight_norm_on_top_of_an_adapter_is_refused() -> None:
     """It registers, and each later forward raises TypeError about a missing 'weight_v'."""
     model = adapted()
-    with contextlib.suppress(lp.AttachError):
+    output, state = model(x()), list(model.state_dict())
+    with pytest.raises(lp.AttachError, match="WeightNorm computes the weight from weight_g and weight_v"):
         parametrizations.weight_norm(model)
-    assert model(x()).isfinite().all()
+    assert list(model.state_dict()) == state
+    assert_close(model(x()), output, **EXACT)
 
 
 def test_foreign_parametrizations_on_one_instance_leave_others_alone() -> None:

@@ -20,7 +20,7 @@ PACKAGE = "loraparam"
 # format or command needs no change to this list.
 FLOORS = (
     ("errors", "functional", "catalogue", "overrides"),
-    ("layouts", "fused", "execution"),
+    ("layouts", "fused", "execution", "lists"),
     ("sharding",),
     ("refusals",),
     ("slices", "forms"),
