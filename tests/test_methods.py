@@ -157,6 +157,8 @@ def test_ia3_on_weight_and_bias_rescales_the_output() -> None:
     lp.detach(layer)
     with pytest.raises(lp.TargetError, match="has no input dim; IA3 needs at least"):
         lp.attach(layer, lp.IA3(axis="in"), "bias")
+
+
 FLAT = st.tuples(st.integers(1, 5), st.integers(1, 3), st.sampled_from([1, 5, 7]))
 
 
