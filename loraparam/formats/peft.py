@@ -106,6 +106,7 @@ def read(
     for owner, layer in tensors.layers.items():
         reader.read(owner, layer)
     values = Values(tensors, config, base, prefix)
+    values.add(reader.values)
     for parameter, (layer, rows) in reader.rows.items():
         values.put_rows(parameter, layer, rows)
     items = values.join(reader.items)

@@ -86,7 +86,10 @@ class Config:
     def is_feedforward(self, name: str) -> bool:
         """Whether IA3 acts on a module's input."""
         if isinstance(self.feedforward, str):
-            return matches(self.feedforward, name, whole=True)
+            try:
+                return matches(self.feedforward, name, whole=True)
+            except LoraparamError as error:
+                raise FormatError(f"{self.place!r}: {error}") from None
         return any(name.endswith(ending) for ending in self.feedforward)
 
     def saves(self, module: str) -> bool:

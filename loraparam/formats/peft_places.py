@@ -8,7 +8,7 @@ parameter outermost.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import FormatError, listed, nearest
 from ..layouts import Layout
@@ -79,14 +79,17 @@ class Places:
             )
         attention = f"{owner}.base_layer.out_proj" in self.tensors.layers
         parameter = f"{module}.{'in_proj_weight' if attention else 'weight'}".removeprefix(".")
-        return self._spot(layer, parameter, out, in_, twice=owner.endswith(".base_layer.out_proj"))
+        # Both of an attention's projections have the rank and alpha of the attention.
+        twice = owner.endswith(".base_layer.out_proj")
+        name = layer.path.removesuffix(".out_proj") if twice else layer.path
+        return replace(self._spot(layer, parameter, out, in_), name=name, twice=twice)
 
-    def _spot(self, layer: Layer, parameter: str, out: int, in_: int, *, twice: bool) -> Spot:
+    def _spot(self, layer: Layer, parameter: str, out: int, in_: int) -> Spot:
         if "embedding_A" in layer.tensors or "tokens" in layer.tensors:
             layout = Layout(out=1, lookup=True)
         else:
             layout = self._layout(parameter, out, in_)
-        return Spot(parameter, layout, self.shape_of(layer, parameter), layer.path, twice)
+        return Spot(parameter, layout, self.shape_of(layer, parameter), layer.path)
 
     def shape_of(self, layer: Layer, parameter: str) -> tuple[int, ...] | None:
         """The base's shape; an error where the base has no such parameter."""

@@ -16,7 +16,7 @@ from .content import Item
 from .peft_config import Config
 from .peft_keys import Layer, Tensors
 from .peft_places import Places, Spot
-from .peft_shapes import from_experts, from_groups
+from .peft_shapes import from_experts, from_groups, rescaled_groups
 from .peft_starts import starting_pair
 from .portable import at_most_full_rank
 
@@ -35,6 +35,9 @@ class LayerReader:
     Attributes:
         doubles: whether the delta of an attention's output projection counts twice.
         marks: fingerprints of base weights, by parameter.
+        items: what was read.
+        rows: new rows of embeddings, with their wrapper.
+        values: new values, of what no method expresses.
     """
 
     tensors: Tensors
@@ -45,6 +48,7 @@ class LayerReader:
     marks: Mapping[str, list[float]]
     items: list[Item] = field(default_factory=list)
     rows: dict[str, tuple[Layer, Tensor]] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
 
     def error(self, layer: Layer, what: str) -> FormatError:
         """An error about one wrapper."""
@@ -195,24 +199,29 @@ class LayerReader:
             return
         if spot.shape is None or self.base is None:
             raise self.error(layer, "rescales a layer with its bias; the base is needed to tell whether it has one")
+        l, kernel = scale.flatten(), spot.shape[2:]
         out, in_ = (spot.shape[i] for i in (spot.layout.out, 1 - spot.layout.out))
-        kernel = spot.shape[2:]
-        size = [1, scale.numel(), *[1] * len(kernel)] if kernel else [scale.numel(), 1]
-        feedforward = list(scale.shape) == [1, scale.numel()] and not kernel
-        if kernel or scale.numel() == 1:
-            feedforward = self.config.is_feedforward(layer.path) and (bool(kernel) or in_ == 1)
-        if feedforward and not kernel:
-            size = [1, scale.numel()]
-        if list(scale.shape) != size or (scale.numel() != (in_ if feedforward else out)):
+        forward = self._acts_on_input(layer, scale, out, in_, len(kernel))
+        groups = len(l) // in_ if forward and kernel else 1
+        expected = [1, len(l), *[1] * len(kernel)] if forward or kernel else [len(l), 1]
+        if list(scale.shape) != expected or len(l) != (groups * in_ if forward else out) or out % max(groups, 1):
             raise self.error(layer, f"has shape {tuple(scale.shape)}; {spot.parameter!r} has {spot.shape}")
-        l = scale.flatten()
-        if feedforward:
+        if groups > 1:
+            self.values[spot.parameter] = rescaled_groups(self.base.tensor(spot.parameter), l, groups)
+            return
+        if forward:
             self._item(spot, IA3(axis="in"), {"scale": l.repeat_interleave(torch.Size(kernel).numel())})
             return
         self._item(spot, IA3(), {"scale": l})
         bias = spot.sibling("bias")
         if bias in self.base.names:
             self.items.append(Item(bias, IA3(), {"scale": l.clone()}, Layout(), self.base.shape(bias)))
+
+    def _acts_on_input(self, layer: Layer, scale: Tensor, out: int, in_: int, kernel: int) -> bool:
+        """Whether IA3 rescales the input: told by the shape, (1, in) or (out, 1), where that can tell."""
+        if kernel or out == in_ == scale.numel() == 1:
+            return self.config.is_feedforward(layer.path)
+        return scale.dim() == 2 and (scale.shape[0], scale.shape[1]) == (1, in_) and (in_ > 1 or out > 1)
 
     def _item(self, spot: Spot, method: Method, factors: dict[str, Tensor]) -> None:
         mark = None if method.additive else self.marks.get(spot.parameter)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -89,6 +91,13 @@ class Values:
         owner = path.rpartition(".")[0]
         parents = [owner[:i] for i, character in enumerate(owner) if character == "."]
         return any(self.config.saves(module) for module in (owner, *parents) if module)
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Values that follow from wrappers."""
+        both = [path for path in values if path in self.replaced]
+        if both:
+            raise FormatError(f"{self.tensors.place!r} gives {listed(both)} a new value twice")
+        self.replaced.update(values)
 
     # --- rows of embeddings ---------------------------------------------------------------------------------
 
