@@ -124,7 +124,9 @@ def read_tensors(folder: Path) -> Tensors:
         named = _unpickled(path)
     found = Tensors(str(path), metadata=metadata)
     for key, tensor in named.items():
-        _sort(found, key, tensor)
+        # Little can be computed in float8; float32 holds the same numbers.
+        narrow = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.itemsize < 2
+        _sort(found, key, tensor.float() if narrow else tensor)
     return found
 
 
