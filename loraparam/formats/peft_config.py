@@ -28,6 +28,8 @@ _NOT_WEIGHTS = {
     "megatron_config": "Megatron shards the layers",
 }
 
+_USES = ("use_rslora", "use_dora", *_NOT_WEIGHTS)
+
 # init_lora_weights that leave the base as it is; pissa and olora are reproduced from the base.
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 BASE_CHANGING_STARTS = r"pissa(_niter_\d{1,4})?|olora"
@@ -111,6 +113,9 @@ def parse(value: Any, place: str) -> Config:
             raise get.wrong(key, f"not set, because {why}, which no weight can express")
     kind = get.text("peft_type", None)
     get.check_kind(kind)
+    for key in value:
+        if key.startswith("use_") and key not in _USES and value[key]:
+            raise get.wrong(key, "not set, because this release does not know what it changes")
     r, alpha = value.get("r", 8), value.get("lora_alpha", 8)
     if not is_int(r) or r < 1:
         raise get.wrong("r", "a positive integer")

@@ -64,8 +64,22 @@ class Places:
         """The parameter of one wrapper, whose factors are for a matrix (out, in); None outside of ``prefix``.
 
         Raises:
-            FormatError: the model has none, or the file alone does not say which it is.
+            FormatError: the model has none, it is tied to one that PEFT does not adapt, or the file alone does not say
+                which it is.
         """
+        spot = self._find(owner, layer, out, in_)
+        # PEFT itself keeps tied embeddings together where it replaces rows.
+        if spot is not None and self.base is not None and "tokens" not in layer.tensors:
+            tied = [path for path in self.base.aliases(spot.parameter) if path != spot.parameter]
+            if tied:
+                raise self._error(
+                    layer,
+                    f"is for {spot.parameter!r} alone, which is one parameter with {listed(tied)} in this model; give "
+                    "each a copy of its own first",
+                )
+        return spot
+
+    def _find(self, owner: str, layer: Layer, out: int, in_: int) -> Spot | None:
         module = relocate(layer.path, self.prefix)
         if module is None:
             return None

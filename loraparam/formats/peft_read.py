@@ -123,7 +123,8 @@ class LayerReader:
             if r % spot.shape[0]:
                 raise self.error(layer, f"has {r} rows for {spot.shape[0]} experts")
         if spot.shape is not None and tuple(expected) != spot.shape:
-            raise self.error(layer, f"is for shape {tuple(expected)}; {spot.parameter!r} has {spot.shape}")
+            resized = "; was the vocabulary resized? resize the model's first" * spot.layout.lookup
+            raise self.error(layer, f"is for shape {tuple(expected)}; {spot.parameter!r} has {spot.shape}{resized}")
         return tuple(expected)
 
     def _add(self, layer: Layer, spot: Spot, A: Tensor, B: Tensor, r: int) -> None:
@@ -162,9 +163,7 @@ class LayerReader:
     def _bias(self, layer: Layer, spot: Spot, bias: Tensor, scale: float) -> None:
         """lora_bias: b' = b + s·(the bias of B)."""
         if spot.is_projection:
-            if bias.any():
-                raise self.error(layer, "has a bias beside it, which PEFT does not use in an attention")
-            return
+            return  # PEFT makes one for an attention and never reads it, in forward or merge
         path = spot.sibling("bias")
         if self.places.shape_of(layer, path) not in (None, tuple(bias.shape)):
             raise self.error(layer, f"has a bias of shape {tuple(bias.shape)} beside it; {path!r} has another")

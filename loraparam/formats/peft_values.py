@@ -53,6 +53,8 @@ class Values:
         elif tuple(value.shape) != self.base.shape(place):
             size = f"has shape {tuple(value.shape)}; {place!r} of the model has {self.base.shape(place)}"
             raise self._error(path, f"{size} (was the vocabulary resized? resize the model's embeddings first)")
+        elif self._is_saved(path) and len(self.base.aliases(place)) > 1:
+            raise self._error(path, f"is for {place!r} alone, which is tied in this model; give each a copy first")
         elif not value.is_floating_point() and torch.equal(value, self.base.tensor(place)):
             return True
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -57,8 +57,8 @@ class Wrapper:
         return self.kind in ("linear", "embedding", "convolution") and self.groups == 1
 
 
-def wrapper(item: Item, base: Base | None) -> Wrapper:
-    """The layer for one LoRA, DoRA or Magnitude.
+def wrapper(item: Item, base: Base | None, beside: Collection[str] = ()) -> Wrapper:
+    """The layer for one LoRA, DoRA or Magnitude; ``beside`` are the parameters of the other items.
 
     Raises:
         FormatError: PEFT has none.
@@ -70,7 +70,7 @@ def wrapper(item: Item, base: Base | None) -> Wrapper:
         raise no_form(item, "PEFT adapts parameters of modules in a model, not the model's own: put it into one")
     if base is not None and len(base.aliases(item.parameter)) > 1:
         raise no_form(item, "it is tied to another, and PEFT would adapt one of the two: untie them first")
-    kind, layout, groups = _kind(item, shape, base)
+    kind, layout, groups = _kind(item, shape, base, beside)
     swapped = item.layout.out != layout.out
     if isinstance(item.method, Magnitude):
         _, out, in_ = item.layout.sizes(shape)
@@ -120,12 +120,12 @@ def _lengths(made: Wrapper, base: Base) -> Tensor:
     return lengths
 
 
-def _kind(item: Item, shape: Sequence[int], base: Base | None) -> tuple[str, Layout, int]:
+def _kind(item: Item, shape: Sequence[int], base: Base | None, beside: Collection[str]) -> tuple[str, Layout, int]:
     """(kind, how PEFT reads the parameter, groups)."""
     owner, _, name = item.parameter.rpartition(".")
     module = base.module(owner) if base is not None else None
     if module is None:
-        return _kind_by_name(item, shape, name, base)
+        return _kind_by_name(item, shape, name, base.names if base is not None else beside)
     if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
         return "in_proj", Layout(), 1
     if name == "weight":
@@ -146,12 +146,12 @@ def _kind(item: Item, shape: Sequence[int], base: Base | None) -> tuple[str, Lay
     return _parameter(item, shape, transposed)
 
 
-def _kind_by_name(item: Item, shape: Sequence[int], name: str, base: Base | None) -> tuple[str, Layout, int]:
+def _kind_by_name(item: Item, shape: Sequence[int], name: str, names: Collection[str]) -> tuple[str, Layout, int]:
     """The same where no modules are known: by names, and by the layout that was read from the file."""
     outer = item.parameter.removesuffix(".out_proj.weight")
     if name == "in_proj_weight":
         return "in_proj", Layout(), 1
-    if outer != item.parameter and base is not None and f"{outer}.in_proj_weight" in base.names:
+    if outer != item.parameter and f"{outer}.in_proj_weight" in names:
         return "out_proj", Layout(), 1
     if name == "weight" and item.layout == Layout(out=1, lookup=True):
         return "embedding", Layout(out=1), 1

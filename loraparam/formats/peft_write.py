@@ -78,7 +78,7 @@ def tensors_and_config(content: Content, base: Base | None, out_proj: str | None
 
 
 def _low_rank(items: Sequence[Item], base: Base | None, out_proj: str | None) -> tuple[Depths, Tensors, dict[str, Any]]:
-    made = [wrapper(item, base) for item in items]
+    made = [wrapper(item, base, [item.parameter for item in items]) for item in items]
     if any(one.magnitude is not None for one in made):
         made = [as_dora(one, base) for one in made]
     for one in made:
