@@ -39,7 +39,7 @@ def save(
         model: a model with the adapter.
         path: where to; missing folders are made.
         name: the adapter's name.
-        format: "loraparam", one safetensors file.
+        format: "loraparam", one safetensors file; "peft", a directory.
         options: what the format's writer takes.
 
     Raises:
@@ -82,7 +82,8 @@ def load(
         format: as for ``save``; by default it is told from the file.
         check_base: refuse a DoRA or Magnitude whose base weight was another one, where the file says so.
         hints: what the format's files do not say: ``prefix``, the part of the file to load, or a map of the file's
-            prefixes to module paths.
+            prefixes to module paths; for "peft" also ``adapter``, the name of one in a directory of its own, and
+            ``out_proj``, how often ("once", "twice") the delta of an attention's output projection counts.
 
     Returns:
         What was attached.
