@@ -70,6 +70,8 @@ def wrapper(item: Item, base: Base | None, beside: Collection[str] = ()) -> Wrap
         raise no_form(item, "PEFT adapts parameters of modules in a model, not the model's own: put it into one")
     if base is not None and len(base.aliases(item.parameter)) > 1:
         raise no_form(item, "it is tied to another, and PEFT would adapt one of the two: untie them first")
+    if item.layout.rows is not None:
+        raise no_form(item, "its weight is read flat, in other rows than PEFT's")
     kind, layout, groups = _kind(item, shape, base, beside)
     swapped = item.layout.out != layout.out
     if isinstance(item.method, Magnitude):
