@@ -93,7 +93,7 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
     Raises:
         AttachError: nothing is attached; the outputs do not depend on any factor; or a target is dead: it was
-            never read, or no gradient arrived.
+            never read, or no gradient arrived. The error's ``dead`` has the paths of all dead targets.
 
     Example:
         >>> import loraparam as lp
@@ -162,11 +162,17 @@ def _raise_on_dead(rows: tuple[ReportRow, ...], has_loss: bool) -> None:
             "the outputs do not depend differentiably on any factor; check a call that runs with gradients and "
             "returns floating-point tensors"
         )
+    error = AttachError(_dead_message(dead))
+    error.dead = tuple(row.path for row in dead)
+    raise error
+
+
+def _dead_message(dead: list[ReportRow]) -> str:
     unread = [row.path for row in dead if row.reads == 0]
     silent = [row.path for row in dead if row.reads]
     parts = [f"never read by this forward: {listed(unread)}"] * bool(unread)
     parts += [f"read, but no gradient arrived: {listed(silent)}"] * bool(silent)
-    raise AttachError(
+    return (
         f"dead target{'s' * (len(dead) > 1)}: {'; '.join(parts)}. Adapt the parameter the forward really uses, leave "
         "the target out with exclude=, or check with inputs that reach it"
     )

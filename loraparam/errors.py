@@ -26,7 +26,13 @@ class RankError(LoraparamError):
 
 
 class AttachError(LoraparamError):
-    """An adapter operation that the model, or the adapters on it, do not allow."""
+    """An adapter operation that the model, or the adapters on it, do not allow.
+
+    Attributes:
+        dead: all dead targets, where ``lp.check`` raised it; the message names the first few.
+    """
+
+    dead: tuple[str, ...] = ()
 
 
 class StateError(LoraparamError):

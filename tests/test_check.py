@@ -60,6 +60,15 @@ def test_dead_targets_are_named(targets: Any, match: str) -> None:
         lp.check(model, torch.ones(2, 4))
 
 
+def test_the_error_has_every_dead_target_however_many() -> None:
+    model = nn.ModuleList([nn.Linear(2, 2) for _ in range(9)])
+    model.forward = lambda x: model[0](x)
+    lp.attach(model, lp.LoRA(r=1))
+    with pytest.raises(lp.AttachError, match="and 3 more") as caught:
+        lp.check(model, torch.ones(1, 2))
+    assert caught.value.dead == tuple(f"{i}.weight" for i in range(1, 9))
+
+
 def test_an_embedding_that_only_lends_its_weight_is_dead() -> None:
     """T5's ``shared``: encoder and decoder own modules with the same parameter; nothing calls ``shared`` itself."""
 
