@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraparam.testing import LayerCase
-from loraparam.testing.layer_laws import LAYER_LAWS, equivalence
+from loraparam.testing.laws import LAYER_LAWS, compiled_equals_eager, equivalence
 from loraparam.testing.subjects import Subject
 
 # Vectors have no matrix form: only Full fits them.
@@ -48,7 +48,19 @@ def test_laws(layer: str, method: str) -> None:
     @given(subject=subjects(layer, method, (torch.float64, torch.float32)))
     def holds(subject: Subject) -> None:
         for law in LAYER_LAWS:
-            if law is not equivalence:
+            if law not in (equivalence, compiled_equals_eager):
                 law(subject)
+
+    holds()
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_compiled(layer: str) -> None:
+    """Compiled layers agree with eager ones, on one draw."""
+
+    @settings(max_examples=1)
+    @given(subject=subjects(layer, "full" if layer in ONLY_FULL else "lora", (torch.float32,)))
+    def holds(subject: Subject) -> None:
+        compiled_equals_eager(subject)
 
     holds()

@@ -51,9 +51,11 @@ FLOORS = (
     ("tools",),
     ("",),  # the public surface
     ("dropins", "integrations", "testing.*", "cli.demo_data", "cli.common"),
-    ("loralib", "loratorch", "integrations.*", "testing.layer_laws", "cli.demo_*"),
-    ("testing.method_laws", "cli.*"),
-    ("testing.checks", "cli"),
+    ("loralib", "loratorch", "integrations.*", "testing.references", "testing.method_laws", "cli.demo_*"),
+    ("testing.layer_laws", "testing.undo_laws", "testing.state_laws", "cli.*"),
+    ("testing.laws", "cli"),
+    ("testing.checks",),
+    ("testing.parametrization",),
     ("testing",),
     ("__main__",),
 )

@@ -23,8 +23,22 @@ from .checks import check_model as check_model
 from .checks import laws as laws
 from .layers import LayerCase as LayerCase
 from .layers import layers as layers
+from .parametrization import parametrize as parametrize
 from .strategies import layouts as layouts
 from .strategies import methods as methods
 from .strategies import weights as weights
+from .subjects import Subject as Subject
 
-__all__ = ["LayerCase", "check_layer", "check_method", "check_model", "laws", "layers", "layouts", "methods", "weights"]
+__all__ = [
+    "LayerCase",
+    "Subject",
+    "check_layer",
+    "check_method",
+    "check_model",
+    "laws",
+    "layers",
+    "layouts",
+    "methods",
+    "parametrize",
+    "weights",
+]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..layouts import Layout
 from ..methods import IA3, DoRA, Full, LoRA, Magnitude, Method
 from ..targets import ALL_LINEAR, Targets
-from .layer_laws import LAYER_LAWS, Law
+from .laws import LAYER_LAWS, Law
 from .method_laws import METHOD_LAWS, MethodLaw
 from .strategies import layouts, weights
 from .subjects import Subject
@@ -48,10 +48,12 @@ def check_method(method: Method, *, max_examples: int = 30) -> None:
         >>> check_method(Magnitude(axis="in"), max_examples=5)
     """
     for law in METHOD_LAWS:
-        _check_method_law(law, method, max_examples)
+        run_method_law(law, method, max_examples)
 
 
-def _check_method_law(law: MethodLaw, method: Method, max_examples: int) -> None:
+def run_method_law(law: MethodLaw, method: Method, max_examples: int = 30) -> None:
+    """Check one law of a method on drawn weights."""
+
     @hypothesis.settings(max_examples=max_examples, deadline=None, database=None)
     @hypothesis.given(layout_and_weight=layouts().flatmap(_with_weight))
     def holds(layout_and_weight: tuple[Layout, Tensor]) -> None:
@@ -122,16 +124,23 @@ def check_model(model: nn.Module, *inputs: Any, targets: Targets = ALL_LINEAR, m
     _run(LAYER_LAWS, subject)
 
 
+def run_layer_law(law: Law, subject: Subject) -> None:
+    """Check one law of adapted layers on a subject."""
+    with _naming(law.__name__, str(subject)):
+        law(subject)
+
+
 def _run(chosen: Sequence[Law], subject: Subject) -> None:
     for law in chosen:
-        with _naming(law.__name__, str(subject)):
-            law(subject)
+        run_layer_law(law, subject)
 
 
 @contextlib.contextmanager
 def _naming(law: str, subject: str) -> Iterator[None]:
-    """Puts the law's name in front of its failure."""
+    """Puts the law's name in front of its failure; any other error breaks the law too."""
     try:
         yield
-    except AssertionError as error:
+    except hypothesis.errors.HypothesisException:
+        raise
+    except Exception as error:
         raise AssertionError(f"law {law!r} is broken by {subject}: {error}") from error

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from ..functional import compute_dtype
 from ..layouts import Layout
 from ..methods import Factors, Method
-from .layer_laws import close
+from .comparisons import close
 
 MethodLaw = Callable[[Method, Tensor, Layout], None]
 
