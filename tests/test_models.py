@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from model_zoo import CLOSE, EXACT, MODELS, RECIPES, Entry, effective_weights, one_thread, randomise
+from model_zoo import CLOSE, EXACT, MODELS, effective_weights, one_thread
 from torch import nn
 from torch.testing import assert_close
+from zoo.entry import RECIPES, Entry, randomise
 
 import loraparam as lp
 

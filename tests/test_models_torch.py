@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import CLOSE, one_thread, randomise
+from model_zoo import CLOSE, one_thread
 from torch import Tensor, nn
 from torch.testing import assert_close
+from zoo.entry import randomise
 
 import loraparam as lp
 

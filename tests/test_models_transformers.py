@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import CLOSE, EXACT, TRANSFORMERS, Entry, effective_weights, one_thread
+from model_zoo import CLOSE, EXACT, TRANSFORMERS, effective_weights, one_thread
 from torch import nn
 from torch.testing import assert_close
+from zoo.entry import Entry
 
 import loraparam as lp
 

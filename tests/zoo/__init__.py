@@ -1,0 +1,1 @@
+"""Real architectures from tiny configs, one table; ``model_zoo`` puts the families together."""
