@@ -1,54 +1,111 @@
-"""The models that are measured, each with its input and with the same targets for loraparam and for PEFT."""
+"""Which cases are measured, in which sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 
-import torch
-from torch import Tensor, nn
+from .case import Case
+from .cases_torch import convolutions, embedding, encoder, lstm, tied, unet
+from .cases_transformers import gpt2, llama, mixtral
 
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS = ("eager", "grouped_mm", "batched_mm")  # ways in which transformers multiplies by experts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """A model and how one step of it is run.
+class Sizes:
+    """How large everything is.
 
     Attributes:
-        name: of the row.
-        about: the sizes, in words.
-        model: makes the model, with fresh weights.
-        x: makes its input: floats, which take gradients, or token ids.
-        call: the model's output for it.
-        targets: what ``lp.attach`` adapts.
-        peft: what makes PEFT adapt the same, as arguments of its ``LoraConfig``.
-        r: the rank.
-        entry: where x is token ids, the module whose output takes gradients in a frozen model.
-        rows: how many rows of input a target multiplies for each one of the others, by its last name.
-        differs: of our "LoRA" and "DoRA", those of which PEFT's computes something else, and why.
-        needs: packages besides torch.
+        llama: (hidden, tokens, rank) of each Llama stack.
+        layers: of the stacks.
+        hidden, tokens: of the other sequence models.
+        vocabularies: of the embeddings.
+        channels, images, side: of the UNet and the stack of convolutions.
+        growth: (hidden, tokens) of the stack on which ranks, adapters, targets and batches grow.
+        ranks, stacks, kinds, batches: what they grow to.
+        targets, width, rank: of the model on which adapters are handled.
+        cycles: of merging and unmerging, or toggling.
+        block: (hidden, tokens, rank) of the block whose kernels are looked at.
     """
 
-    name: str
-    about: str
-    model: Callable[[], nn.Module]
-    x: Callable[[], Tensor]
-    call: Callable[[nn.Module, Tensor], Tensor]
-    targets: Any
-    peft: Mapping[str, Any]
-    r: int = 16
-    entry: str = ""
-    rows: Mapping[str, float] = field(default_factory=dict)
-    differs: Mapping[str, str] = field(default_factory=dict)
-    needs: tuple[str, ...] = ()
+    llama: tuple[tuple[int, int, int], ...]
+    layers: int = 2
+    hidden: int = 512
+    tokens: int = 512
+    vocabularies: tuple[int, ...] = (50_257, 128_256)
+    channels: int = 64
+    images: int = 4
+    side: int = 32
+    growth: tuple[int, int] = (512, 128)
+    ranks: tuple[int, ...] = (8, 64, 256)
+    stacks: tuple[int, ...] = (1, 2, 4, 8)
+    kinds: tuple[int, ...] = (1, 2, 4, 7)
+    batches: tuple[int, ...] = (1, 4, 16)
+    targets: int = 1000
+    width: int = 128
+    rank: int = 8
+    cycles: int = 1000
+    block: tuple[int, int, int] = (4096, 4096, 16)
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values."""
+        return asdict(self)
+
+
+DEFAULT = Sizes(
+    llama=(
+        (512, 32, 8),
+        (512, 512, 8),
+        (512, 512, 64),
+        (512, 512, 256),
+        (1024, 32, 8),
+        (1024, 512, 8),
+        (2048, 32, 8),
+    )
+)
+FULL = replace(DEFAULT, llama=tuple(product((512, 1024, 2048), (32, 512, 1024), (8, 64, 256))), layers=4)
+# In the tiny sizes no activation is shaped as a weight: 37 tokens or images, and widths that are not 37.
+TINY = Sizes(
+    llama=((64, 37, 4),),
+    layers=1,
+    hidden=64,
+    tokens=37,
+    vocabularies=(211,),
+    channels=8,
+    images=2,
+    side=8,
+    growth=(32, 5),
+    ranks=(2, 4),
+    stacks=(1, 2),
+    kinds=(1, 7),
+    batches=(1, 2),
+    targets=5,
+    width=16,
+    rank=4,
+    cycles=3,
+    block=(32, 5, 4),
+)
+
+
+def suite(sizes: Sizes) -> list[Case]:
+    """The cases of the whole suite."""
+    hidden, tokens = sizes.hidden, sizes.tokens
+    vocabulary = sizes.vocabularies[0]
+    return [
+        *(llama(h, t, r=r, layers=sizes.layers) for h, t, r in sizes.llama),
+        encoder(hidden, tokens, layers=sizes.layers),
+        gpt2(hidden, tokens, layers=sizes.layers),
+        *(embedding(count, hidden // 2, tokens) for count in sizes.vocabularies),
+        tied(hidden // 2, tokens // 2 + 1, vocabulary=vocabulary),
+        unet(sizes.channels, sizes.images, side=sizes.side),
+        *(mixtral(hidden // 2, tokens // 2 + 1, kind) for kind in KINDS[:2]),
+        lstm(hidden // 2, tokens // 8 + 1, 8),
+    ]
 
 
 def cases(*, tiny: bool) -> list[Case]:
-    """All of them; ``tiny`` in sizes that run in moments."""
-    # In the tiny sizes no activation is shaped as a weight: 37 tokens or images, and widths that are not 37.
+    """Those of ``python -m benchmarks.execution``; ``tiny`` in sizes that run in moments."""
     tokens = 37 if tiny else 512
     llamas = [(64, 37)] if tiny else [(1024, 512), (512, 512), (512, 32)]
     hidden = 64 if tiny else 512
@@ -58,195 +115,7 @@ def cases(*, tiny: bool) -> list[Case]:
         gpt2(hidden, tokens),
         tied(hidden // 2, 37 if tiny else 256, vocabulary=211 if tiny else 50_257),
         convolutions(8 if tiny else 128, images=5 if tiny else 8),
-        *(mixtral(hidden // 2, tokens // 2 + 1, kind) for kind in ("eager", "grouped_mm")),
+        *(mixtral(hidden // 2, tokens // 2 + 1, kind) for kind in KINDS[:2]),
         # It copies an expert for each token.
-        mixtral(hidden // 2, 19 if tiny else 32, "batched_mm"),
+        mixtral(hidden // 2, 19 if tiny else 32, KINDS[2]),
     ]
-
-
-def _rank(width: int) -> int:
-    return 16 if width >= 128 else 4
-
-
-def _embedded(model: nn.Module, x: Tensor) -> Tensor:
-    """A transformers model on embedded tokens."""
-    output: Tensor = model(inputs_embeds=x).last_hidden_state
-    return output
-
-
-def _called(model: nn.Module, x: Tensor) -> Tensor:
-    output: Tensor = model(x)
-    return output
-
-
-def _floats(*shape: int) -> Tensor:
-    return torch.randn(shape).requires_grad_()
-
-
-def llama(hidden: int, tokens: int) -> Case:
-    """Four Llama layers, LoRA on all seven linears."""
-
-    def model() -> nn.Module:
-        from transformers import LlamaConfig, LlamaModel
-
-        config = LlamaConfig(
-            vocab_size=8,
-            hidden_size=hidden,
-            intermediate_size=hidden * 11 // 4,
-            num_hidden_layers=4,
-            num_attention_heads=max(2, hidden // 64),
-            use_cache=False,
-        )
-        return LlamaModel(config)
-
-    return Case(
-        name=f"llama {hidden}×{tokens}",
-        about=f"4 Llama layers, hidden {hidden}, {tokens} tokens, all linears",
-        model=model,
-        x=partial(_floats, 1, tokens, hidden),
-        call=_embedded,
-        targets="all-linear",
-        peft={"target_modules": LINEARS},
-        r=_rank(hidden),
-        needs=("transformers",),
-    )
-
-
-def encoder(hidden: int, tokens: int) -> Case:
-    """torch's own TransformerEncoder, whose attention reads its projections itself."""
-
-    def model() -> nn.Module:
-        layer = nn.TransformerEncoderLayer(hidden, max(2, hidden // 64), 4 * hidden, dropout=0.0, batch_first=True)
-        return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-
-    return Case(
-        name="encoder",
-        about=f"nn.TransformerEncoder in train mode, 4 layers, width {hidden}, {tokens} tokens, all linears",
-        model=model,
-        x=partial(_floats, 1, tokens, hidden),
-        call=_called,
-        targets="all-linear",
-        peft={"target_modules": ["self_attn", "linear1", "linear2"]},
-        differs={"LoRA": "PEFT 0.21.2 adds the delta of a MultiheadAttention's out_proj twice"},
-        r=_rank(hidden),
-    )
-
-
-def gpt2(hidden: int, tokens: int) -> Case:
-    """GPT-2, whose Conv1D stores its weight (in, out)."""
-
-    def model() -> nn.Module:
-        from transformers import GPT2Config, GPT2Model
-
-        config = GPT2Config(
-            vocab_size=8,
-            n_positions=tokens,
-            n_embd=hidden,
-            n_layer=4,
-            n_head=max(2, hidden // 64),
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        return GPT2Model(config)
-
-    return Case(
-        name="gpt-2",
-        about=f"GPT-2 from a config, 4 layers, width {hidden}, {tokens} tokens, all Conv1D",
-        model=model,
-        x=partial(_floats, 1, tokens, hidden),
-        call=_embedded,
-        targets="all-linear",
-        peft={"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
-        r=_rank(hidden),
-        needs=("transformers",),
-    )
-
-
-class TiedModel(nn.Module):
-    """An embedding, a norm, and a head that is the embedding's weight."""
-
-    def __init__(self, vocabulary: int, width: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(vocabulary, width)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits."""
-        logits: Tensor = self.head(self.norm(self.embed(ids)))
-        return logits
-
-
-def tied(width: int, tokens: int, vocabulary: int) -> Case:
-    """An embedding tied with a head: one adapter of ours, two of PEFT's."""
-    return Case(
-        name="tied head",
-        about=f"embedding tied with the head, vocabulary {vocabulary}, width {width}, {tokens} tokens",
-        model=lambda: TiedModel(vocabulary, width),
-        x=lambda: torch.randint(vocabulary, (1, tokens)),
-        call=_called,
-        targets="embed",
-        peft={"target_modules": ["embed", "head"]},
-        differs={"DoRA": "PEFT's has magnitudes for the head's rows, one a token, ours for the embedding's columns"},
-        r=_rank(width),
-        entry="embed",
-    )
-
-
-def convolutions(width: int, images: int) -> Case:
-    """A stack of 3×3 convolutions."""
-
-    def model() -> nn.Module:
-        layers = [(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.GELU()) for _ in range(4)]
-        return nn.Sequential(*(part for layer in layers for part in layer))
-
-    return Case(
-        name="convolutions",
-        about=f"4 × (Conv2d 3×3, BatchNorm2d, GELU), width {width}, {images} images of 16×16",
-        model=model,
-        x=partial(_floats, images, width, 16, 16),
-        call=_called,
-        targets=nn.Conv2d,
-        peft={"target_modules": ["0", "3", "6", "9"]},
-        r=_rank(width),
-    )
-
-
-def mixtral(hidden: int, tokens: int, kind: str) -> Case:
-    """Mixtral, whose experts are 3-D parameters that one of three functions multiplies."""
-
-    def model() -> nn.Module:
-        from transformers import MixtralConfig, MixtralModel
-
-        config = MixtralConfig(
-            vocab_size=8,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=2,
-            num_attention_heads=max(2, hidden // 64),
-            num_key_value_heads=max(2, hidden // 64),
-            num_local_experts=8,
-            num_experts_per_tok=2,
-            use_cache=False,
-        )
-        model = MixtralModel(config)
-        model.set_experts_implementation(kind)
-        return model
-
-    return Case(
-        name=f"mixtral {kind}",
-        about=f"Mixtral, 2 layers, hidden {hidden}, 8 experts of which 2 act, {tokens} tokens, attention and experts",
-        model=model,
-        x=partial(_floats, 1, tokens, hidden),
-        call=_embedded,
-        targets=["all-linear", "gate_up_proj", "down_proj"],
-        peft={"target_modules": LINEARS[:4], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
-        r=_rank(hidden),
-        rows={"gate_up_proj": 2, "down_proj": 2},
-        needs=("transformers",),
-    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -18,28 +17,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .cases import Case, cases
-from .measures import Clock, forget_gradients, ratio, saved_bytes, step, temporaries, times
+from .case import Case
+from .cases import cases
+from .measures import Pace, temporaries
 from .overhead import overhead
-from .peers import disagreement
 from .report import environment, load, markdown
-from .variants import (
-    DORA,
-    FLOOR,
-    LORA,
-    MERGED_AWAY,
-    PEFT_DORA,
-    PEFT_LORA,
-    Comparison,
-    Variant,
-    compare,
-    limit,
-    missing,
-    weight_shapes,
-)
+from .steps import train
+from .variants import FLOOR, MERGED_AWAY, compare, missing, weight_shapes
 
 TEMPORARIES, OVERHEAD = "temporaries", "overhead"
-TOLERANCE = 1e-3  # in float32, after all layers
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -59,13 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     result |= {"cases": [], "temporaries": {}, "overhead": {}, "skipped": {}}
     for case in tqdm(chosen, desc="steps", disable=None):
         torch.manual_seed(0)
-        _one_case(case, result, steps=options.steps, clock=clock)
+        _one_case(case, result, Pace(steps=options.steps, clock=clock))
     if _wanted(TEMPORARIES, options.only):
         _all_temporaries(result)
     if _wanted(OVERHEAD, options.only):
         torch.manual_seed(0)
         rounds, calls = (3, 3) if options.tiny else (101, 50)
-        result["overhead"] = overhead(rounds=rounds, calls_a_round=calls, clock=clock)
+        result["overhead"] = overhead(Pace(steps=rounds, clock=clock), calls_a_round=calls)
     result["environment"]["load after"] = load()
     sys.stdout.write(markdown(result))
     if options.json:
@@ -98,65 +84,15 @@ def _wanted(name: str, only: list[str] | None) -> bool:
     return only is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in only)
 
 
-def _one_case(case: Case, result: dict[str, Any], *, steps: int, clock: Clock) -> None:
+def _one_case(case: Case, result: dict[str, Any], pace: Pace) -> None:
     """Measure a case into the result."""
     if reason := missing(case.needs):
         result["skipped"][case.name] = {"all": reason}
         return
-    found = compare(case)
-    if found.skipped:
-        result["skipped"][case.name] = found.skipped
-    x = case.x()
-    with torch.no_grad():
-        grad = torch.randn_like(case.call(found.variants[FLOOR].model, x))
-    agreement = _agreement(found, x, grad)
-    saved = {name: saved_bytes(case, variant, x) for name, variant in found.variants.items()}
-    seconds = times(case, found.variants.values(), x, grad, steps=steps, clock=clock)
-    pairs = {
-        name: ratio(seconds, name, over) for name, over in ((LORA, PEFT_LORA), (DORA, PEFT_DORA)) if over in seconds
-    }
-    result["cases"].append(
-        {
-            "name": case.name,
-            "about": case.about,
-            "r": case.r,
-            "limit": limit(case),
-            "floor_ms": statistics.median(seconds[FLOOR]) * 1e3,
-            "ratios": {name: ratio(seconds, name) for name in seconds if name != FLOOR},
-            "over_peft": pairs,
-            "saved": saved,
-            "agreement": agreement,
-            "differs": dict(case.differs),
-        }
-    )
-
-
-def _agreement(found: Comparison, x: torch.Tensor, grad: torch.Tensor) -> dict[str, float]:
-    """How far PEFT's output, and its gradient with respect to x, are from ours with the same factors.
-
-    Raises:
-        RuntimeError: too far, and no reason is known: comparing the times of the two would mean nothing.
-    """
-    case, far = found.case, {}
-    for ours, theirs in ((LORA, PEFT_LORA), (DORA, PEFT_DORA)):
-        if theirs in found.variants:
-            pairs = zip(
-                *(_output_and_gradient(case, found.variants[name], x, grad) for name in (ours, theirs)), strict=True
-            )
-            far[ours] = max(disagreement(mine, other) for mine, other in pairs)
-            if not (far[ours] <= TOLERANCE or ours in case.differs):
-                raise RuntimeError(f"{case.name}: {ours} and {theirs} differ by {far[ours]:.1e}")
-    return far
-
-
-def _output_and_gradient(case: Case, variant: Variant, x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
-    """The output, and x's gradient where x has one."""
-    forget_gradients(variant, x)
-    found = [step(case, variant, x, grad).detach()]
-    if x.grad is not None:
-        found.append(x.grad)
-    forget_gradients(variant, x)
-    return found
+    record = train(compare(case), pace)
+    if skipped := record.pop("skipped"):
+        result["skipped"][case.name] = skipped
+    result["cases"].append(record)
 
 
 def _all_temporaries(result: dict[str, Any]) -> None:

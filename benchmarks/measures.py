@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .cases import Case
+from .case import Case
 from .variants import FLOOR, Variant
 
-WARM_UP = 2
+WARM_UP, LEAST = 2, 5
 Clock = Callable[[], float]
 
 
@@ -33,25 +37,62 @@ def step(case: Case, variant: Variant, x: Tensor, grad: Tensor) -> Tensor:
     with variant.context():
         y = case.call(variant.model, x)
         y.backward(grad)
+        variant.after()
     return y
 
 
-def times(
-    case: Case, variants: Iterable[Variant], x: Tensor, grad: Tensor, *, steps: int, clock: Clock
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How often something is timed: ``steps`` rounds, or as many as start within ``seconds``, but ``LEAST``."""
+
+    steps: int = 21
+    seconds: float = math.inf
+    clock: Clock = time.perf_counter
+
+    def rounds(self) -> Iterator[bool]:
+        """Whether a round counts: those that warm up do not."""
+        yield from [False] * min(WARM_UP, self.steps)
+        start = time.perf_counter()
+        for i in range(self.steps):
+            if i < LEAST or time.perf_counter() - start < self.seconds:
+                yield True
+
+
+def times(case: Case, variants: Iterable[Variant], x: Tensor, grad: Tensor, pace: Pace) -> dict[str, list[float]]:
+    """Seconds of a training step by variant."""
+    variants = list(variants)
+    return interleaved(
+        {variant.name: partial(step, case, variant, x, grad) for variant in variants},
+        pace,
+        around={variant.name: partial(forget_gradients, variant, x) for variant in variants},
+    )
+
+
+def interleaved(
+    actions: Mapping[str, Callable[[], object]], pace: Pace, *, around: Mapping[str, Callable[[], object]] | None = None
 ) -> dict[str, list[float]]:
-    """Seconds by variant, one a round; each round runs all of them once, in an order of its own."""
-    order, shuffle = list(variants), random.Random(0).shuffle
-    seconds: dict[str, list[float]] = {variant.name: [] for variant in order}
+    """Seconds by action, one a round; each round runs all of them once, in an order of its own.
+
+    Args:
+        actions: what is timed.
+        pace: how often.
+        around: what is called before and after an action, and not timed.
+    """
+    order, shuffle = list(actions.items()), random.Random(0).shuffle
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
     with no_collection():
-        for i in range(-WARM_UP, steps):
+        for counts in pace.rounds():
             shuffle(order)
-            for variant in order:
-                forget_gradients(variant, x)
-                start = clock()
-                step(case, variant, x, grad)
-                if i >= 0:
-                    seconds[variant.name].append(clock() - start)
-                forget_gradients(variant, x)
+            for name, action in order:
+                if around:
+                    around[name]()
+                start = pace.clock()
+                action()
+                spent = pace.clock() - start
+                if around:
+                    around[name]()
+                if counts:
+                    seconds[name].append(spent)
             gc.collect()
     return seconds
 
@@ -67,7 +108,7 @@ def no_collection() -> Iterator[None]:
         gc.enable()
 
 
-def ratio(seconds: dict[str, list[float]], name: str, over: str = FLOOR) -> dict[str, float]:
+def ratio(seconds: Mapping[str, list[float]], name: str, over: str = FLOOR) -> dict[str, float]:
     """Of one variant's time to another's in the same round: median and quartiles over the rounds."""
     ratios = [mine / other for mine, other in zip(seconds[name], seconds[over], strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
@@ -136,19 +177,13 @@ def temporaries(case: Case, variant: Variant, x: Tensor, grad: Tensor, shapes: s
 
 
 def paired_microseconds(
-    calls: dict[str, Callable[[], object]], *, rounds: int, calls_a_round: int, clock: Clock
+    calls: dict[str, Callable[[], object]], pace: Pace, *, calls_a_round: int
 ) -> dict[str, list[float]]:
     """Microseconds a call of each function, one block of calls a round."""
-    order, shuffle = list(calls.items()), random.Random(0).shuffle
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    with no_collection():
-        for i in range(-WARM_UP, rounds):
-            shuffle(order)
-            for name, call in order:
-                start = clock()
-                for _ in range(calls_a_round):
-                    call()
-                if i >= 0:
-                    found[name].append((clock() - start) / calls_a_round * 1e6)
-            gc.collect()
-    return found
+
+    def block(call: Callable[[], object]) -> None:
+        for _ in range(calls_a_round):
+            call()
+
+    spent = interleaved({name: partial(block, call) for name, call in calls.items()}, pace)
+    return {name: [seconds / calls_a_round * 1e6 for seconds in values] for name, values in spent.items()}

@@ -9,9 +9,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from .cases import Case
-from .measures import Clock, paired_microseconds
-from .variants import DORA, FLOOR, LORA, LORA_DENSE, PEFT_DORA, PEFT_LORA, Variant, compare
+from .case import Case
+from .measures import Pace, paired_microseconds
+from .peers import DORA, LORA
+from .variants import FLOOR, LORA_DENSE, PEFT_DORA, PEFT_LORA, Variant, compare
 
 WIDTH, TOKENS = 64, 4
 COMPARED = (LORA, PEFT_LORA, LORA_DENSE, DORA, PEFT_DORA)
@@ -32,7 +33,7 @@ def layer() -> Case:
     )
 
 
-def overhead(*, rounds: int, calls_a_round: int, clock: Clock) -> dict[str, dict[str, float]]:
+def overhead(pace: Pace, *, calls_a_round: int) -> dict[str, dict[str, float]]:
     """Microseconds that a call takes beyond the plain frozen layer's: {kind: {variant: median over rounds}}."""
     case = layer()
     found = compare(case)
@@ -41,7 +42,7 @@ def overhead(*, rounds: int, calls_a_round: int, clock: Clock) -> dict[str, dict
     for kind in KINDS:
         calls = {name: _call(kind, case, variant, x, grad) for name, variant in found.variants.items()}
         with torch.no_grad() if kind == KINDS[0] else nullcontext():
-            spent = paired_microseconds(calls, rounds=rounds, calls_a_round=calls_a_round, clock=clock)
+            spent = paired_microseconds(calls, pace, calls_a_round=calls_a_round)
         result[kind] = {"plain": statistics.median(spent[FLOOR])}
         for name in COMPARED:
             if name in spent:

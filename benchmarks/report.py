@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -12,13 +11,14 @@ from typing import Any
 
 import torch
 
-from .variants import DORA, FLOOR, FULL, LORA, LORA_DENSE, MERGED_AWAY, PEFT_DORA, PEFT_LORA
+from .peers import DORA, LORA, version
+from .variants import FLOOR, FULL, LORA_DENSE, MERGED_AWAY, PEFT_DORA, PEFT_LORA
 
 ABSENT = "–"
 RATIOS = (LORA, PEFT_LORA, LORA_DENSE, FULL, DORA, PEFT_DORA, MERGED_AWAY)
 SAVED = (LORA, PEFT_LORA, DORA, PEFT_DORA)
 MADE = (FLOOR, LORA, PEFT_LORA, DORA, PEFT_DORA, LORA_DENSE, FULL)
-VERSIONS = ("loraparam", "torch", "transformers", "peft")
+VERSIONS = ("loraparam", "torch", "transformers", "peft", "loralib", "loratorch", "minlora", "lycoris")
 
 
 def environment() -> dict[str, Any]:
@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load before": load(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in VERSIONS},
+        "versions": {name: version(name) for name in VERSIONS},
         "commit": _commit(),
     }
 
@@ -48,17 +48,6 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    try:
-        return str(__import__(name).__version__)
-    except ImportError:
-        return None
-
-
 def _commit() -> str | None:
     """The commit, with a + where files differ from it."""
 
@@ -74,7 +63,7 @@ def _commit() -> str | None:
 
 def markdown(result: dict[str, Any]) -> str:
     """Everything that was measured, as Markdown."""
-    parts = [_heading(result)]
+    parts = [heading(result)]
     if result["cases"]:
         parts += [_times(result["cases"]), _saved(result["cases"])]
     if result["temporaries"]:
@@ -84,25 +73,23 @@ def markdown(result: dict[str, Any]) -> str:
     if result["skipped"]:
         lines = [f"- {where}, {what}: {why}" for where, gaps in result["skipped"].items() for what, why in gaps.items()]
         parts.append("Skipped:\n\n" + "\n".join(lines))
-    differing = [f"- {case['name']}, {ours}: {why}" for case in result["cases"] for ours, why in _different(case)]
+    differing = [
+        f"- {case['name']}, {name}: {why}" for case in result["cases"] for name, why in case["differs"].items()
+    ]
     if differing:
         parts.append("Not the same function in PEFT:\n\n" + "\n".join(differing))
     return "\n\n".join(parts) + "\n"
 
 
-def _different(case: dict[str, Any]) -> list[tuple[str, str]]:
-    """The variants whose peer was measured and computes something else."""
-    return [(ours, why) for ours, why in case["differs"].items() if ours in case["agreement"]]
-
-
-def _heading(result: dict[str, Any]) -> str:
+def heading(result: dict[str, Any]) -> str:
+    """The machine, the versions, the commit."""
     machine = result["environment"]
     versions = ", ".join(f"{name} {version or 'absent'}" for name, version in machine["versions"].items())
     return (
         f"{machine['machine']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"load {machine['load before']} before and {machine['load after']} after; "
         f"Python {machine['python']}, {versions}; commit {machine['commit']}; "
-        f"medians of {result['steps']} steps, {result['clock']}"
+        f"medians, {result['clock']}"
     )
 
 
@@ -116,10 +103,17 @@ def _times(cases: list[dict[str, Any]]) -> str:
     head = ["step ÷ frozen model's", "frozen, ms", "limit", *RATIOS, "LoRA ÷ PEFT's", "DoRA ÷ PEFT's"]
     rows = []
     for case in cases:
-        ratios = [case["ratios"].get(name) for name in RATIOS] + [case["over_peft"].get(name) for name in (LORA, DORA)]
+        ratios = [case["ratios"].get(name) for name in RATIOS] + [
+            case["over"].get(name) for name in (PEFT_LORA, PEFT_DORA)
+        ]
         shown = [f"{ratio['median']:.2f}" if ratio else ABSENT for ratio in ratios]
-        rows.append([case["name"], f"{case['floor_ms']:.1f}", f"{case['limit']:.2f}", *shown])
+        rows.append([case["name"], f"{case['floor_ms']:.1f}", shown_limit(case["limits"][LORA]), *shown])
     return table(head, rows)
+
+
+def shown_limit(limit: float | None) -> str:
+    """A limit, where there is one."""
+    return ABSENT if limit is None else f"{limit:.2f}"
 
 
 def _saved(cases: list[dict[str, Any]]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -12,16 +13,17 @@ from torch import Tensor, nn
 
 import loraparam as lp
 
-from . import peers
-from .cases import Case
+from .case import Case
+from .peers import DORA, LORA, MAGNITUDE, OURS, PEFT, Library, PeerError, by_target, stir
 
-FLOOR, MERGED_AWAY, FULL = "frozen", "after merge", "full"
-LORA, LORA_DENSE, PEFT_LORA = "LoRA", "LoRA merged", "PEFT LoRA"
-DORA, PEFT_DORA = "DoRA", "PEFT DoRA"
-NAMES = (FLOOR, LORA, PEFT_LORA, LORA_DENSE, FULL, DORA, PEFT_DORA, MERGED_AWAY)
-
+FLOOR, MERGED_AWAY, FULL, LORA_DENSE = "frozen", "after merge", "full", "LoRA merged"
+PEFT_LORA, PEFT_DORA = PEFT.variant(LORA), PEFT.variant(DORA)
 
 Context = Callable[[], AbstractContextManager[None]]
+
+
+def _nothing() -> None:
+    """After most steps."""
 
 
 @dataclass
@@ -29,27 +31,53 @@ class Variant:
     """One way to train a model.
 
     Attributes:
-        name: one of NAMES.
+        name: FLOOR, FULL, a method for ours, or a library and a method.
         model: ready to run, in train mode.
         context: what it runs in.
+        after: what has to be called after each backward.
     """
 
     name: str
     model: nn.Module
     context: Context = nullcontext
+    after: Callable[[], None] = _nothing
 
 
 @dataclass
 class Comparison:
-    """All variants of a case, from the same weights, and why some are missing."""
+    """All variants of a case, from the same weights, and why some are missing.
+
+    Attributes:
+        base: the frozen model that they are copies of; most share its weights with it.
+        differs: {variant: why it computes something else than ours}.
+    """
 
     case: Case
+    base: nn.Module
     variants: dict[str, Variant] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    differs: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, model: nn.Module, context: Context = nullcontext) -> None:
+    def add(self, name: str, model: nn.Module, **options: Callable[..., object]) -> None:
         """One more."""
-        self.variants[name] = Variant(name, model, context)
+        self.variants[name] = Variant(name, model, **options)  # type: ignore[arg-type]
+
+    def attempt(self, library: Library, method: str) -> None:
+        """One more, of a library, or the reason why not; a peer gets the factors of ours."""
+        name = library.variant(method)
+        ours = self.variants.get(method)
+        try:
+            model = adapted(self.base, self.case, library, method)
+            if library is OURS:
+                stir(model)
+            elif ours is not None and self.case.stacked == 1:
+                library.fill(model, self.base, self.case, by_target(ours.model))
+        except PeerError as reason:
+            self.skipped[name] = str(reason)
+            return
+        self.add(name, model, after=lambda: library.after_step(model))
+        if library is not OURS and (why := library.differs(self.case, method)):
+            self.differs[name] = why
 
 
 def missing(packages: tuple[str, ...]) -> str:
@@ -62,37 +90,60 @@ def missing(packages: tuple[str, ...]) -> str:
     return ""
 
 
-def compare(case: Case) -> Comparison:
-    """Every variant of a case that can be built."""
-    found = Comparison(case)
-    base = case.model().train().requires_grad_(False)
-    found.add(FLOOR, _fed(copy.deepcopy(base), case))
-    found.add(LORA, _adapted(base, case, lp.LoRA(r=case.r)))
-    found.add(LORA_DENSE, found.variants[LORA].model, lambda: lp.execution("merged"))
-    found.add(DORA, _adapted(base, case, lp.DoRA(r=case.r)))
-    found.add(FULL, copy.deepcopy(base).requires_grad_(True))
-    merged = _adapted(base, case, lp.LoRA(r=case.r))
-    lp.merge(merged)
-    found.add(MERGED_AWAY, _fed(merged.requires_grad_(False), case))
-    for name, ours in ((PEFT_LORA, LORA), (PEFT_DORA, DORA)):
-        try:
-            found.add(name, peers.peft(base, case, found.variants[ours].model, dora=ours == DORA))
-        except peers.PeerError as reason:
-            found.skipped[name] = str(reason)
-    return found
+def frozen_base(case: Case) -> nn.Module:
+    """The model that all variants are copies of."""
+    return case.model().train().requires_grad_(False)
 
 
-def _adapted(base: nn.Module, case: Case, method: lp.Method) -> nn.Module:
-    """A copy with adapters, none of whose factors is zero."""
-    model = copy.deepcopy(base)
-    lp.attach(model, method, case.targets)
-    for factor in lp.parameters(model):
-        if not factor.any():
-            nn.init.normal_(factor, std=0.02)
+def adapted(base: nn.Module, case: Case, library: Library, method: str) -> nn.Module:
+    """A copy under a library's adapters.
+
+    Raises:
+        PeerError: the library is not there, or cannot.
+    """
+    model = library.attach(copied(base, share=not library.writes_base), case, method)
+    model.train()  # that of some libraries' layers returns nothing
     return model
 
 
-def _fed(model: nn.Module, case: Case) -> nn.Module:
+def copied(base: nn.Module, *, share: bool = True) -> nn.Module:
+    """A copy, with the same weights, or with its own."""
+    return copy.deepcopy(base, {id(tensor): tensor for tensor in base.parameters()} if share else {})
+
+
+def plain(base: nn.Module, case: Case, name: str) -> nn.Module:
+    """The model without adapters: FLOOR, FULL, or MERGED_AWAY."""
+    if name == FULL:
+        return copied(base, share=False).requires_grad_(True)
+    model = copied(base)
+    if name == MERGED_AWAY:
+        lp.attach(model, lp.LoRA(r=case.r, init="gaussian"), case.targets)
+        lp.merge(model)
+    return fed(model.requires_grad_(False), case)
+
+
+def compare(
+    case: Case,
+    libraries: Iterable[Library] = (OURS, PEFT),
+    methods: Iterable[str] = (LORA, DORA),
+    *,
+    dense: bool = True,
+) -> Comparison:
+    """Every variant of a case that can be built; with ``dense``, also LoRA on dense weights, and after merging."""
+    found = Comparison(case, frozen_base(case))
+    found.add(FLOOR, plain(found.base, case, FLOOR))
+    found.add(FULL, plain(found.base, case, FULL))
+    for method in methods:
+        for library in libraries:
+            if method in library.methods:
+                found.attempt(library, method)
+    if dense:
+        found.add(LORA_DENSE, found.variants[LORA].model, context=lambda: lp.execution("merged"))
+        found.add(MERGED_AWAY, plain(found.base, case, MERGED_AWAY))
+    return found
+
+
+def fed(model: nn.Module, case: Case) -> nn.Module:
     """A frozen model through whose layers a gradient still has to go, to what the ids are embedded as."""
     if case.entry:
 
@@ -103,19 +154,40 @@ def _fed(model: nn.Module, case: Case) -> nn.Module:
     return model
 
 
-def limit(case: Case) -> float:
-    """What LoRA's floating-point operations alone allow, over the frozen model's in the same layers.
+@dataclass(frozen=True)
+class Limits:
+    """What arithmetic alone allows, of a step or a forward over the frozen model's in the same layers; None where
+    the frozen model does not multiply.
+
+    Attributes:
+        step: by method, and FULL.
+        forward: by method.
+    """
+
+    step: dict[str, float | None]
+    forward: dict[str, float | None]
+
+
+def limits(case: Case) -> Limits:
+    """Sums over the adapted layers.
 
     A frozen layer multiplies twice by its weight, x·Wᵀ and g·W; LoRA adds six thin products, two in the forward
-    and four in the backward: 1 + 1.5·r·(in + out)/(in·out) for one layer. Here the sums over all layers.
+    and four in the backward: 1 + 1.5·r·(in + out)/(in·out) for one layer. DoRA adds the norm of W + s·B·A, by the
+    factored way that forms no B·A (README.md). Full fine-tuning adds gᵀ·x.
     """
-    thin = full = 0.0
+    thin = norms = full = 0.0
     for row in lp.plan(case.model(), lp.LoRA(r=case.r), case.targets):
-        rows = case.rows.get(row.path.rpartition(".")[2], 1)
-        _, out, in_ = row.layout.sizes(row.shape)
-        thin += rows * 1.5 * case.r * (in_ + out)
+        rows = case.rows_at(row.path) * case.positions
+        batch, out, in_ = row.layout.sizes(row.shape)
+        thin += rows * case.r * (in_ + out)
+        norms += math.prod(batch) * case.r * (in_ * out + case.r * (in_ + out))
         full += rows * in_ * out
-    return 1 + thin / full
+    if case.lookup:
+        return Limits(dict.fromkeys((LORA, DORA, MAGNITUDE, FULL)), dict.fromkeys((LORA, DORA, MAGNITUDE)))
+    stacked = case.stacked * thin
+    step = {LORA: 1 + 1.5 * stacked / full, DORA: 1 + (3 * stacked + norms) / (2 * full), MAGNITUDE: 1.0, FULL: 1.5}
+    forward = {LORA: 1 + stacked / full, DORA: 1 + (stacked + norms) / full, MAGNITUDE: 1.0}
+    return Limits(dict(step), dict(forward))
 
 
 def weight_shapes(case: Case) -> set[tuple[int, ...]]:
