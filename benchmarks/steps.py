@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -159,7 +160,8 @@ def _forward(case: Case, variant: Variant, x: Tensor) -> Tensor:
 
 
 def measure(case: Case, libraries: Iterable[Library], methods: Iterable[str], pace: Pace) -> list[dict[str, Any]]:
-    """Both rows of a case: its training step and its forward."""
-    libraries = list(libraries)
+    """Both rows of a case: its training step and its forward, and what measuring them took."""
+    libraries, start = list(libraries), time.perf_counter()
     found = compare(case, libraries, methods, dense=False)
-    return [train(found, pace) | {"kind": "train"}, infer(found, libraries, pace) | {"kind": "infer"}]
+    rows = [train(found, pace) | {"kind": "train"}, infer(found, libraries, pace) | {"kind": "infer"}]
+    return [row | {"seconds": time.perf_counter() - start} for row in rows]

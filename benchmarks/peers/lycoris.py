@@ -14,6 +14,7 @@ from ..case import Case
 from .base import DORA, LORA, Factors, Library, PeerError, copy_into, places
 
 FILE = "adapter.safetensors"
+FIRST, SECOND = "benchmark_network", "benchmark_second"  # the networks are no part of the model
 
 
 class Lycoris(Library):
@@ -32,7 +33,7 @@ class Lycoris(Library):
     def attach(self, model: nn.Module, case: Case, method: str) -> nn.Module:
         """One module a target."""
         lib = self.module()
-        network = nn.ModuleList()
+        made_here = []
         for place in list(places(model, case)):
             if place.name != "weight" or type(place.module) not in (nn.Linear, nn.Conv2d):
                 raise PeerError(f"has no module for {type(place.module).__name__}.{place.name}")
@@ -48,14 +49,14 @@ class Lycoris(Library):
             )
             made.train(place.module.training)
             made.apply_to()
-            network.append(made)
-        model.add_module("benchmark_network", network)
+            place.module.add_module("lycoris", made)  # so that the model has its parameters
+            made_here.append(made)
+        model.__dict__[FIRST] = made_here
         return model
 
     def fill(self, model: nn.Module, base: nn.Module, case: Case, factors: dict[str, Factors]) -> None:
         """Up is B, down is A."""
-        network: Any = model.benchmark_network
-        for made, place in zip(network, places(base, case), strict=True):
+        for made, place in zip(_modules(model), places(base, case), strict=True):
             own = place.factors(factors)
             pairs = [(made.lora_down.weight, own["lora_A"]), (made.lora_up.weight, own["lora_B"])]
             pairs += [(made.dora_scale, own["magnitude"])] if made.wd else []
@@ -72,37 +73,30 @@ class Lycoris(Library):
         """``create_lycoris``."""
         network = self._network(model, case)
         network.apply_to()
-        model.add_module("benchmark_network", network)
+        model.__dict__[FIRST] = network
         return model
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """``save_weights``."""
-        model.benchmark_network.save_weights(str(folder / FILE), None, {})  # type: ignore[union-attr, operator]
+        model.__dict__[FIRST].save_weights(str(folder / FILE), None, {})
 
     def load(self, model: nn.Module, case: Case, folder: Path) -> nn.Module:
         """``create_lycoris_from_weights``."""
         network, _ = self.module().create_lycoris_from_weights(1.0, str(folder / FILE), model)
         network.apply_to()
-        model.add_module("benchmark_network", network)
+        model.__dict__[FIRST] = network
         return model
 
     def add(self, model: nn.Module, case: Case) -> None:
         """A second network on the same layers."""
-        network = self._network_beside(model, case)
+        network = self._network(model, case)
         network.apply_to()
-        model.add_module("benchmark_second", network)
-
-    def _network_beside(self, model: nn.Module, case: Case) -> Any:
-        held = model._modules.pop("benchmark_network")  # whose own Linears are no targets
-        try:
-            return self._network(model, case)
-        finally:
-            model._modules["benchmark_network"] = held
+        model.__dict__[SECOND] = network
 
     def switch(self, model: nn.Module, second: bool) -> None:
         """``set_multiplier``, of both networks."""
-        model.benchmark_network.set_multiplier(float(not second))  # type: ignore[union-attr, operator]
-        model.benchmark_second.set_multiplier(float(second))  # type: ignore[union-attr, operator]
+        model.__dict__[FIRST].set_multiplier(float(not second))
+        model.__dict__[SECOND].set_multiplier(float(second))
 
     def merge(self, model: nn.Module) -> None:
         """``restore``, then ``merge_to``."""
@@ -119,5 +113,6 @@ class Lycoris(Library):
 
 
 def _modules(model: nn.Module) -> list[Any]:
-    network: Any = model.benchmark_network
-    return list(network) if isinstance(network, nn.ModuleList) else network.loras
+    network = model.__dict__[FIRST]
+    found: list[Any] = network if isinstance(network, list) else network.loras
+    return found
