@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from .plans import Plan, Row
 from .plans import plan as make_plan
 from .refusals import can_dequantize
 from .sharding import is_spread, spread_factor, whole
-from .snapshots import undone_on_error
+from .snapshots import Acting, Snapshot, undone_on_error
 from .stack import AdapterFactors, AdapterStack, dense_value
 from .suspension import refuse_suspended
 from .targets import Targets
@@ -102,7 +102,7 @@ def attach_rows(
     strength = next((entry.strength for site in sites(model) for entry in site.stack.named(name)), 1.0)
     given = [None] * len(plan) if factors is None else factors
     entries = [_entry(row, name, values, generator) for row, values in zip(plan, given, strict=True)]
-    with undone_on_error(model):
+    with undone_on_error(Snapshot(model)):
         for row, entry in zip(plan, entries, strict=True):
             _stack_for(row).add(entry)
             entry.set_strength(strength)
@@ -200,7 +200,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """
     refuse_suspended(model)
     check_known(model, name)
-    with undone_on_error(model):
+    with undone_on_error(Snapshot(model)):
         for group in groups(model):
             drop(group, [e for e in group[0].stack.entries if name in (None, e.adapter)], "detach")
         release(model)
@@ -258,15 +258,18 @@ def activate(model: nn.Module, weights: Mapping[str, float]) -> None:
     refuse_suspended(model)
     if not isinstance(weights, Mapping):
         raise AttachError(f"activate got a {type(weights).__name__}; allowed: a mapping, such as {{'style': 1.0}}")
+    stacks = list({id(site.stack): site.stack for site in sites(model)}.values())
+    names = _names(stacks)
     for name, weight in weights.items():
-        check_known(model, name)
+        _check_among(names, name)
         if not is_number(weight):
             raise AttachError(f"adapter {name!r}: weight {weight!r}; allowed: a finite number")
-    with undone_on_error(model):
-        for group in groups(model):
-            group[0].stack.reorder(list(weights))
-            for entry in group[0].stack.entries:
-                entry.set_strength(float(weights.get(entry.adapter, 0.0)))
+    order, strengths = list(weights), {name: float(weight) for name, weight in weights.items()}
+    with undone_on_error(Acting(stacks)):
+        for stack in stacks:
+            stack.reorder(order)
+            for entry in stack.entries:
+                entry.set_strength(strengths.get(entry.adapter, 0.0))
 
 
 def adapters(model: nn.Module) -> dict[str, dict[str, Method]]:
@@ -304,9 +307,16 @@ def check_known(model: nn.Module, name: str | None) -> None:
     """Raise for the name of an adapter that is not on the model; None stands for all of them."""
     if not isinstance(model, nn.Module):
         raise AttachError(f"model is a {type(model).__name__}; allowed: a torch.nn.Module")
-    if name is None:
-        return
-    names = list(dict.fromkeys(entry.adapter for site in sites(model) for entry in site.stack.entries))
+    if name is not None:
+        _check_among(_names(site.stack for site in sites(model)), name)
+
+
+def _names(stacks: Iterable[AdapterStack]) -> list[str]:
+    """The adapters on some stacks, in the order in which they are met."""
+    return list(dict.fromkeys(entry.adapter for stack in stacks for entry in stack.entries))
+
+
+def _check_among(names: list[str], name: Any) -> None:
     if name not in names:
         known = f"attached: {listed(names)}" if names else "none is attached"
         raise AttachError(f"no adapter named {name!r}; {known}{nearest(str(name), names)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -89,21 +90,28 @@ def catalogue(model: nn.Module) -> Catalogue:
 
 def walk(module: nn.Module, path: str = "", above: frozenset[int] = frozenset()) -> Iterator[tuple[str, nn.Module]]:
     """Every (path, module), under each of its names, without wrappers and the insides of parametrizations."""
-    if id(module) in above:
-        return
-    wrapped = _wrapped(module)
-    if wrapped is None:
-        yield path, module
-    for name, child in module._modules.items():
-        inside_parametrize = name == "parametrizations" and isinstance(child, nn.ModuleDict)
-        if child is not None and not inside_parametrize:
-            inner = path if name == wrapped else f"{path}.{name}" if path else name
-            yield from walk(child, inner, above | {id(module)})
+    # A stack of its own: recursive generators hand each module up through all the levels above it.
+    waiting = [(path, module, above)]
+    while waiting:
+        path, module, above = waiting.pop()
+        if id(module) in above:
+            continue
+        wrapped = _wrapped(type(module))
+        if wrapped is None:
+            yield path, module
+        if module._modules:
+            inside = above | {id(module)}
+            waiting += [
+                (path if name == wrapped else f"{path}.{name}" if path else name, child, inside)
+                for name, child in reversed(list(module._modules.items()))
+                if child is not None and not (name == "parametrizations" and isinstance(child, nn.ModuleDict))
+            ]
 
 
-def _wrapped(module: nn.Module) -> str | None:
-    """The attribute with the module that this one stands for."""
-    own = (cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("torch."))
+@functools.lru_cache(maxsize=1024)
+def _wrapped(cls: type[nn.Module]) -> str | None:
+    """The attribute with the module that a module of this class stands for."""
+    own = (base.__name__ for base in cls.__mro__ if base.__module__.startswith("torch."))
     return next((_WRAPPERS[name] for name in own if name in _WRAPPERS), None)
 
 

@@ -35,8 +35,15 @@ def hosts_of(stack: Any) -> weakref.WeakSet[nn.Module]:
 def stack_of(module: nn.Module, name: str) -> AdapterStack | None:
     """Our stack on a module's parameter, if there is one."""
     plist = parametrized(module).get(name)
-    children = plist._modules.values() if plist is not None else ()
-    return next((child for child in children if isinstance(child, AdapterStack)), None)
+    return None if plist is None else stack_in(plist)
+
+
+def stack_in(plist: nn.Module) -> AdapterStack | None:
+    """Our stack in a parametrization list, if there is one."""
+    for child in plist._modules.values():
+        if isinstance(child, AdapterStack):
+            return child
+    return None
 
 
 def refresh_rnn(module: nn.Module) -> None:

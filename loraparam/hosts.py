@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from .catalogue import parametrized, walk
 from .errors import LoraparamError
-from .guarded import GuardedMeta, ensure_property, host_class, hosts_of, refresh_rnn, refuse_wrapped, stack_of
+from .guarded import GuardedMeta, ensure_property, host_class, hosts_of, refresh_rnn, refuse_wrapped, stack_in, stack_of
 from .lists import AdaptedList
 from .sharding import refuse_fsdp
 from .stack import AdapterStack
@@ -49,8 +49,8 @@ def sites(model: nn.Module) -> list[Site]:
     """Every adapted tensor, once per (module, name), in the model's order."""
     found: dict[tuple[int, str], Site] = {}
     for module_path, module in walk(model):
-        for name in parametrized(module):
-            stack = stack_of(module, name)
+        for name, plist in parametrized(module).items():
+            stack = stack_in(plist)
             if stack is not None and (id(module), name) not in found:
                 path = f"{module_path}.{name}" if module_path else name
                 found[id(module), name] = Site(path, module, name, stack)

@@ -17,7 +17,7 @@ from .errors import AttachError, LoraparamError, TargetError, nearest
 from .guarded import stack_of
 from .hosts import Site, groups
 from .layouts import Layout, layout_of
-from .snapshots import undone_on_error
+from .snapshots import Acting, Snapshot, undone_on_error
 from .stack import AdapterFactors, AdapterStack, dense_value
 from .suspension import plain, refuse_suspended
 
@@ -51,7 +51,7 @@ def merge(model: nn.Module, name: str | None = None) -> None:
         _refuse_held(group)
         if name is not None:
             _refuse_unequal(group, name)
-    with undone_on_error(model):
+    with undone_on_error(Snapshot(model)):
         for group in found:
             entries = group[0].stack.entries
             folded = entries if name is None else group[0].stack.named(name)
@@ -236,7 +236,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[nn.Module]:
     """
     refuse_suspended(model)
     held = [entry for _, entry in entries_of(model, name)]
-    with undone_on_error(model):
+    with undone_on_error(Acting(group[0].stack for group in groups(model))):
         for entry in held:
             entry.set_strength(hold=+1)
     try:

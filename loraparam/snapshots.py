@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .stack import AdapterFactors
+from .stack import AdapterFactors, AdapterStack
 
 # Plain attributes that attaching, or what a user does with a plain model, may replace.
 _ATTRIBUTES = (
@@ -45,7 +45,7 @@ class Snapshot:
         self._tensors = [(t, t.detach(), t.requires_grad) for t in tensors.values()]
         grads = [(t, t.grad) for t in tensors.values() if t.is_leaf]
         self._grads = [(t, grad, None if grad is None else grad.detach()) for t, grad in grads]
-        self._entries = [(m, m.strength, m.holds) for m, _, _ in self._modules if isinstance(m, AdapterFactors)]
+        self._acting = _strengths(m for m, _, _ in self._modules if isinstance(m, AdapterFactors))
 
     def restore(self) -> None:
         """Bring the remembered structure back, in place."""
@@ -71,9 +71,7 @@ class Snapshot:
                 grad.data = grad_data
             if tensor.grad is not grad:
                 tensor.grad = grad
-        for entry, strength, holds in self._entries:
-            if (entry.strength, entry.holds) != (strength, holds):
-                entry.set_strength(strength, holds - entry.holds)
+        _restore_strengths(self._acting)
 
 
 def _members(module: nn.Module) -> dict[str, Any]:
@@ -89,10 +87,41 @@ def _moved(tensor: Tensor, data: Tensor) -> bool:
     return tensor.dtype != data.dtype or tensor.shape != data.shape or tensor.data_ptr() != data.data_ptr()
 
 
+class Acting:
+    """Which entries of some stacks act, in which order and at what strength: all that switching adapters changes.
+
+    A snapshot of the model would take longer than the switch.
+    """
+
+    def __init__(self, stacks: Iterable[AdapterStack]) -> None:
+        self._orders = [(stack, dict(stack._modules)) for stack in stacks]
+        self._acting = _strengths(entry for stack, _ in self._orders for entry in stack.entries)
+
+    def restore(self) -> None:
+        """Bring it back, in place."""
+        for stack, order in self._orders:
+            if list(stack._modules) != list(order):
+                stack._modules.clear()
+                stack._modules.update(order)
+        _restore_strengths(self._acting)
+
+
+_Strengths = list[tuple[AdapterFactors, float, int]]
+
+
+def _strengths(entries: Iterable[AdapterFactors]) -> _Strengths:
+    return [(entry, entry.strength, entry.holds) for entry in entries]
+
+
+def _restore_strengths(acting: _Strengths) -> None:
+    for entry, strength, holds in acting:
+        if (entry.strength, entry.holds) != (strength, holds):
+            entry.set_strength(strength, holds - entry.holds)
+
+
 @contextlib.contextmanager
-def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """All or nothing: whatever is raised inside, the model is as it was."""
-    before = Snapshot(model)
+def undone_on_error(before: Snapshot | Acting) -> Iterator[None]:
+    """All or nothing: whatever is raised inside, what was remembered is back."""
     try:
         yield
     except BaseException:

@@ -92,9 +92,12 @@ class AdapterFactors(nn.Module):
 
     def set_strength(self, strength: float | None = None, hold: int = 0) -> None:
         """Change the strength, or open (+1) or close (-1) a ``disabled`` block."""
-        self.strength = self.strength if strength is None else strength
-        self.holds += hold
-        with torch.no_grad():
+        before = self.acting
+        if strength is not None:
+            self.strength = strength
+        if hold:
+            self.holds += hold
+        if self.acting != before:
             self._strength.fill_(self.acting)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterFactors:
