@@ -143,9 +143,9 @@ def _entry(row: Row, name: str, factors: Factors | None, generator: Generator | 
     """A row's factors: the given ones, or fresh ones on top of the weight as it reads now."""
     assert row.place is not None
     with torch.no_grad():
-        weight = dense_value(row.place.module, row.place.name)
-        stored, weight = weight, whole(weight)
         if factors is None:
+            stored = dense_value(row.place.module, row.place.name)
+            weight = whole(stored)
             dense = weight.dequantize().to(weight.dtype) if can_dequantize(weight) else weight
             part = dense if row.part is None else row.part.take(dense)
             try:
@@ -153,8 +153,10 @@ def _entry(row: Row, name: str, factors: Factors | None, generator: Generator | 
             except LoraparamError as error:
                 raise error.at(row.path) from None
         else:
+            base = row.leaf.base  # what it reads as would be all the adapters there, merged
+            stored = base if base is not None else dense_value(row.place.module, row.place.name)
             dtypes = row.factor_dtypes
-            factors = {key: value.to(weight.device, dtypes[key], copy=True) for key, value in factors.items()}
+            factors = {key: value.to(stored.device, dtypes[key], copy=True) for key, value in factors.items()}
         if is_spread(stored):
             dims = row.method.dims() if row.part is None else {}
             factors = {k: spread_factor(v, dims.get(k, ()), stored, row.layout) for k, v in factors.items()}

@@ -137,7 +137,10 @@ def full(W: Tensor, D: Tensor) -> Tensor:
 
 def row_norm(W: Tensor, axis: Axis = "out") -> Tensor:
     """‖W‖ per output row, (*batch, out); with ``axis="in"`` per input column, (*batch, in)."""
-    norm: Tensor = torch.linalg.vector_norm(W.to(compute_dtype(W.dtype)), dim=-1 if axis == "out" else -2)
+    W, dim = W.to(compute_dtype(W.dtype)), -1 if axis == "out" else -2
+    if W.is_meta:  # a plan asks for the shape alone, and any reduction there first imports sympy, or torch._dynamo
+        return W.new_empty((*W.shape[:-2], W.shape[-2 if axis == "out" else -1]))
+    norm: Tensor = torch.linalg.vector_norm(W, dim=dim)
     return norm
 
 

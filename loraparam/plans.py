@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import slices, targets
 from .catalogue import Catalogue, Leaf, Place, catalogue, shown_value
 from .errors import AttachError, LoraparamError, TargetError, listed, nearest
 from .layouts import Layout, layout_of
-from .methods import Method
+from .methods import Factors, Method
 from .refusals import refuse
 from .slices import Slice
 from .targets import Pattern, Targets
@@ -119,7 +119,7 @@ def plan(
     if not isinstance(model, nn.Module):
         raise AttachError(f"model is a {type(model).__name__}; allowed: a torch.nn.Module")
     known = catalogue(model)
-    layouts = _layouts(layout, known)
+    layouts, trial = _layouts(layout, known), Trial()
     excluded = {id(leaf) for pattern in _patterns(exclude) for leaf in _targets.find_inside(pattern, known)}
     chosen: dict[int, list[Row]] = {}
     for pattern, its_method in _rules(method, targets):
@@ -129,7 +129,7 @@ def plan(
             paths = listed(match.place.path for match in found)
             raise TargetError(f"target {_targets.describe(pattern)!r} matches only what exclude= leaves out: {paths}")
         for match in kept:
-            new = list(_rows(match, its_method, pattern, layouts.get(id(match.leaf))))
+            new = list(_rows(match, its_method, pattern, layouts.get(id(match.leaf)), trial))
             old = chosen.get(id(match.leaf), [])
             chosen[id(match.leaf)] = [r for r in old if not any(slices.overlap(r.part, n.part) for n in new)] + new
     return Plan(tuple(row for leaf in known.unique() for row in chosen.get(id(leaf), ())))
@@ -153,7 +153,9 @@ def _rules(method: Any, targets_: Targets) -> list[tuple[Pattern, Method]]:
     return rules
 
 
-def _rows(match: targets.Match, method: Method, pattern: Pattern, layout: Layout | None) -> Iterator[Row]:
+def _rows(
+    match: targets.Match, method: Method, pattern: Pattern, layout: Layout | None, trial: Trial
+) -> Iterator[Row]:
     """The rows one match gives: one, or one for each slice."""
     leaf, place = match.leaf, match.place
     try:
@@ -166,11 +168,17 @@ def _rows(match: targets.Match, method: Method, pattern: Pattern, layout: Layout
             raise TargetError(f"{place.path!r}: slice [{part.key}] overlaps another one in {pattern!r}")
     wanted: Sequence[Slice | None] = parts or (None,)
     for own in wanted:
-        yield _row(leaf, place, own, method, layout, _targets.describe(pattern))
+        yield _row(leaf, place, own, method, layout, _targets.describe(pattern), trial)
 
 
-def row_at(known: Catalogue, path: str, method: Method, layout: Layout | None, rule: str) -> Row:
+def row_at(known: Catalogue, path: str, method: Method, layout: Layout | None, rule: str, trial: Trial) -> Row:
     """The row of one exact path, with at most one slice.
+
+    Args:
+        known: the model's parameters.
+        path: the parameter's, with its slice in brackets.
+        method, layout, rule: as they stand in the row.
+        trial: one for all rows of a plan.
 
     Raises:
         TargetError: no such parameter or slice, or the method does not fit it.
@@ -184,7 +192,29 @@ def row_at(known: Catalogue, path: str, method: Method, layout: Layout | None, r
     leaf, place = known.leaves[name], known.place(name)
     layout = _readable(leaf, place, layout)
     part = slices.resolve(items[0], place.module, place.name, leaf.shape, layout) if items else None
-    return _row(leaf, place, part, method, layout, rule)
+    return _row(leaf, place, part, method, layout, rule, trial)
+
+
+class Trial:
+    """What methods would add: each one's own ``init``, tried on the meta device, so the shapes stand in one place only.
+
+    A model has many targets of few shapes, and a method on the meta device takes its time: each combination is tried
+    once for a plan. Never longer: methods are the user's, and may change.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Factors] = {}
+
+    def factors(self, method: Method, weight: Tensor, layout: Layout) -> Factors:
+        """A method's factors for a weight, both on the meta device."""
+        try:
+            hash(method)
+        except TypeError:  # a method of the user's that holds what has no hash
+            return method.init(weight, layout)
+        key = (method, weight.shape, weight.dtype, layout)
+        if key not in self._known:
+            self._known[key] = method.init(weight, layout)
+        return self._known[key]
 
 
 def _readable(leaf: Leaf, place: Place, layout: Layout | None) -> Layout:
@@ -196,15 +226,16 @@ def _readable(leaf: Leaf, place: Place, layout: Layout | None) -> Layout:
     return layout
 
 
-def _row(leaf: Leaf, place: Place, part: Slice | None, method: Method, layout: Layout, rule: str) -> Row:
+def _row(
+    leaf: Leaf, place: Place, part: Slice | None, method: Method, layout: Layout, rule: str, trial: Trial
+) -> Row:
     path = place.path if part is None else f"{place.path}[{part.key}]"
     layout = layout if part is None else part.layout(layout)
     dtype = (leaf.base if leaf.base is not None else shown_value(place.module, place.name)).dtype
     weight = torch.empty(leaf.shape, dtype=dtype, device="meta")
     weight = weight if part is None else part.take(weight)
     try:
-        # The method's own init says what it adds, so the shapes stand in one place only.
-        factors = method.init(weight, layout)
+        factors = trial.factors(method, weight, layout)
     except LoraparamError as error:
         raise error.at(path) from None
     return Row(

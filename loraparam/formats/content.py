@@ -24,7 +24,7 @@ from ..catalogue import Catalogue
 from ..errors import FormatError, LoraparamError, StateError, listed, nearest
 from ..layouts import Layout
 from ..methods import Factors, Full, Method
-from ..plans import Plan, Row, row_at
+from ..plans import Plan, Row, Trial, row_at
 from ..sharding import whole
 from ..slices import overlap
 from ..state import check_factor
@@ -114,7 +114,8 @@ def attach_content(model: nn.Module, content: Content, name: str, *, check_base:
         *content.items,
         *(difference(path, value, base, content.source) for path, value in content.replaced.items()),
     ]
-    rows = [_row(base.known, item, content.source) for item in items]
+    trial = Trial()
+    rows = [_row(base.known, item, content.source, trial) for item in items]
     refuse_overlap(rows, content.source)
     for row, item in zip(rows, items, strict=True):
         refuse_misfit(row, item, content.source)
@@ -144,10 +145,10 @@ def difference(path: str, value: Tensor, base: Base, source: str) -> Item:
     return Item(path, Full(), {"diff": diff}, base.layout(path) or Layout(), shape)
 
 
-def _row(known: Catalogue, item: Item, source: str) -> Row:
+def _row(known: Catalogue, item: Item, source: str, trial: Trial) -> Row:
     """The target as a row of a plan for this model."""
     try:
-        return row_at(known, item.path, item.method, item.layout, rule=source)
+        return row_at(known, item.path, item.method, item.layout, source, trial)
     except LoraparamError as error:
         raise FormatError(f"{source!r}, target {item.path!r}: {error}") from None
 

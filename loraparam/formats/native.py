@@ -143,16 +143,17 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 def _factors(file: Any, targets: list[str], file_name: str) -> dict[str, Factors]:
     """Each target's factors, once every key is known to belong to one."""
+    factors: dict[str, Factors] = {target: {} for target in targets}
     owners = {key: key.rpartition(".")[0] for key in file.keys()}  # noqa: SIM118 - a handle, not a dict
-    unexpected = [key for key, target in owners.items() if target not in targets]
-    missing = [target for target in targets if target not in owners.values()]
+    unexpected = [key for key in owners if owners[key] not in factors]
+    held = set(owners.values())
+    missing = [target for target in targets if target not in held]
     if missing or unexpected:
         parts = [f"missing factors of {listed(missing)}"] * bool(missing)
         parts += [f"unexpected {listed(unexpected)}"] * bool(unexpected)
         raise FormatError(
             f"{file_name!r}: {'; '.join(parts)}{nearest(owners[unexpected[0]], targets) if unexpected else ''}"
         )
-    factors: dict[str, Factors] = {target: {} for target in targets}
     for key, target in owners.items():
         tensor = file.get_tensor(key)
         try:

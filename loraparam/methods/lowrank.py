@@ -76,6 +76,8 @@ class LowRank(Method):
         # A generator draws on its own device only.
         device = weight.device if generator is None else generator.device
         A, B = (torch.zeros(*shape, dtype=factor_dtype(weight), device=device) for shape in (A_shape, B_shape))
+        if weight.is_meta:  # a plan asks for the shapes alone, and drawing there is slow
+            return {"lora_A": A, "lora_B": B}
         if layout.lookup:
             B.normal_(generator=generator)
         elif self.start == "gaussian":
