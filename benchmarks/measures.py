@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .case import Case
 from .variants import FLOOR, Variant
 
-WARM_UP, LEAST = 2, 5
+WARM_UP, LEAST = 2, 3
 Clock = Callable[[], float]
 
 
@@ -43,7 +43,10 @@ def step(case: Case, variant: Variant, x: Tensor, grad: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How often something is timed: ``steps`` rounds, or as many as start within ``seconds``, but ``LEAST``."""
+    """How often something is timed: ``steps`` rounds, or as many as start within ``seconds``, but ``LEAST``.
+
+    Before them two rounds warm up; one where that one takes all the time.
+    """
 
     steps: int = 21
     seconds: float = math.inf
@@ -51,11 +54,11 @@ class Pace:
 
     def rounds(self) -> Iterator[bool]:
         """Whether a round counts: those that warm up do not."""
-        yield from [False] * min(WARM_UP, self.steps)
         start = time.perf_counter()
-        for i in range(self.steps):
-            if i < LEAST or time.perf_counter() - start < self.seconds:
-                yield True
+        for i in range(-min(WARM_UP, self.steps), self.steps):
+            late = time.perf_counter() - start >= self.seconds
+            if not (late and (i >= LEAST or -WARM_UP < i < 0)):
+                yield i >= 0
 
 
 def times(case: Case, variants: Iterable[Variant], x: Tensor, grad: Tensor, pace: Pace) -> dict[str, list[float]]:
@@ -120,8 +123,9 @@ def saved_bytes(case: Case, variant: Variant, x: Tensor) -> int:
     kept: list[Tensor] = []  # alive until counted, so that no two share an address
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
+        # A result that its own operation saves would hold itself through the hook, out of the collector's sight.
+        kept.append(tensor.detach())
+        return kept[-1]
 
     with variant.context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = case.call(variant.model, x)

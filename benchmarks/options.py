@@ -70,7 +70,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--cycles", type=positive, metavar="N", help="toggles in 'precision'")
     parser.add_argument("--steps", type=positive, default=21, help="rounds of steps at most (default: %(default)s)")
     parser.add_argument(
-        "--seconds", type=float, default=12.0, help="no more rounds of one row after so many (default: %(default)s)"
+        "--seconds", type=float, default=6.0, help="no more rounds of one row after so many (default: %(default)s)"
     )
     parser.add_argument("--threads", type=positive, help="torch's threads (default: torch's choice)")
     parser.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -164,4 +165,6 @@ def measure(case: Case, libraries: Iterable[Library], methods: Iterable[str], pa
     libraries, start = list(libraries), time.perf_counter()
     found = compare(case, libraries, methods, dense=False)
     rows = [train(found, pace) | {"kind": "train"}, infer(found, libraries, pace) | {"kind": "infer"}]
+    del found
+    gc.collect()  # LyCORIS's modules are part of cycles; the next case needs the room
     return [row | {"seconds": time.perf_counter() - start} for row in rows]

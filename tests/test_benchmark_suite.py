@@ -1,11 +1,13 @@
 """The benchmark of all libraries runs, in tiny sizes: what it counts and computes is asserted, what it times is not."""
 
 import contextlib
+import gc
 import importlib
 import io
 import json
 import subprocess
 import sys
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -319,10 +321,41 @@ def test_best_peer_is_the_fastest_that_computes_the_same(bench):
     assert bench["tables"].best({"over": {}, "differs": {}}, "LoRA") is None
 
 
-def test_rounds_end_with_the_time_but_not_before_five(bench):
+def test_rounds_end_with_the_time_but_not_before_three(bench):
     Pace = bench["measures"].Pace
-    assert list(Pace(steps=9, seconds=0).rounds()) == [False, False] + [True] * 5
+    assert list(Pace(steps=9, seconds=0).rounds()) == [False] + [True] * 3
     assert list(Pace(steps=9).rounds()) == [False, False] + [True] * 9
+    assert list(Pace(steps=1).rounds()) == [False, True]
+
+
+def test_a_case_leaves_no_model_behind(bench):
+    """Each row makes a dozen copies of a model: a run has to hold those of one row only."""
+    made = []
+
+    def model():
+        made.append(nn.Sequential(nn.Linear(16, 12), nn.Tanh()))  # which saves its own result
+        return made[-1]
+
+    case = linear_case(bench, model=model)
+    bench["steps"].measure(case, bench["peers"].LIBRARIES, ("LoRA", "DoRA"), bench["measures"].Pace(steps=1))
+    left = [weakref.ref(module) for module in made]
+    made.clear()
+    gc.collect()
+    assert [ref for ref in left if ref() is not None] == []
+
+
+def test_bytes_are_counted_without_keeping_them(bench):
+    class Saves(nn.Module):
+        def forward(self, x):
+            seen.append(weakref.ref(y := x.exp()))
+            return y * 2
+
+    seen = []
+    case, x = linear_case(bench), torch.randn(8, requires_grad=True)
+    variant = bench["variants"].Variant("frozen", nn.Sequential(Saves()))
+    assert bench["measures"].saved_bytes(case, variant, x) == 8 * 4
+    gc.collect()
+    assert seen[0]() is None
 
 
 def test_sizes_are_arguments(bench):
