@@ -1,0 +1,193 @@
+"""kohya's sd-scripts, LyCORIS and ComfyUI: one safetensors file.
+
+Keys are ``<prefix>_<module path with "." as "_">.<leaf>``, or ``diffusion_model.<module path>.<leaf>``. Read are LoRA
+and LoCon pairs, with a Tucker core or without, DoRA on either axis, full differences and norms. The underscored names
+are those of the trainer's model, so the model is needed to know what they mean.
+
+s = alpha / r; without alpha s = 1. A DoRA is LyCORIS's, W' = m·V/(‖V‖ + eps), with eps the resolution of float32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError, listed
+from ..layouts import Layout
+from ..methods import DoRA, Factors, Full, LoRA
+from .bases import Base
+from .components import Prefix, component_of, locate
+from .content import Content, Item
+from .files import open_safetensors
+from .leaves import Group, Leaves, alpha_of, at_most_full, layout_for, matrices, read_groups, squeezed
+
+NAME = "kohya"
+HINTS = ("prefix",)
+EPS = torch.finfo(torch.float32).eps
+
+_MERGE = "merge it with its own tool and extract a LoRA from the merged weights"
+_OTHER = {
+    "LoHa (a Hadamard product of two pairs)": (
+        "hada_w1_a",
+        "hada_w1_b",
+        "hada_w2_a",
+        "hada_w2_b",
+        "hada_t1",
+        "hada_t2",
+    ),
+    "LoKr (a Kronecker product)": (
+        *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2"),
+    ),
+    "OFT or BOFT (a rotation of the output)": ("oft_blocks", "oft_diag", "rescale"),
+    "GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
+    "LyCORIS's (IA)^3": ("weight", "on_input"),
+    "a sparse bias of LyCORIS": ("bias_indices", "bias_values", "bias_size"),
+}
+REFUSED = {leaf: f"{kind} is not read; {_MERGE}" for kind, leaves in _OTHER.items() for leaf in leaves}
+REFUSED |= {
+    "reshape_weight": "it grows the layer, and adapters keep a parameter's shape",
+    "lora_magnitude_vector": "no reader of this format takes it; a DoRA here has 'dora_scale'",
+}
+LEAVES = Leaves(("lora_mid.weight", "alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "set_weight"), REFUSED)
+LEAVES.leaf_of[".lora_mid.weight"] = "mid"
+# Leaves by the parameter they are for. One parameter is said one thing about.
+WEIGHT, BIAS = ("down", "diff", "w_norm", "set_weight"), ("diff_b", "b_norm")
+# Ends that no other format's keys have.
+_OWN = tuple(f".{leaf}" for leaf in ("lora_down.weight", "lora_up.weight", "dora_scale", "diff", "diff_b", "w_norm"))
+_OWN += tuple(f".{leaf}" for leaf in (*(leaf for leaf in REFUSED if "_w" in leaf), "oft_blocks", "set_weight"))
+
+
+def recognises(path: Path) -> bool:
+    """Whether this is such a file: told from its prefixes and from leaves that no other format has."""
+    if not path.is_file():
+        return False
+    with open_safetensors(path) as file:
+        return any(_is_own(key) for key in file.keys())  # noqa: SIM118 - a handle, not a dict
+
+
+def _is_own(key: str) -> bool:
+    head = key.partition(".")[0]
+    start = component_of(head) or component_of(key)
+    return key.endswith(_OWN) or start.endswith("_") or start.startswith(("diffusion_model.", "text_encoders."))
+
+
+def read(path: Path, base: Base | None, *, prefix: Prefix = None) -> Content:
+    """The adapter in a file."""
+    groups, metadata = read_groups(path, LEAVES)
+    file = str(path)
+    if base is None:
+        raise FormatError(
+            f"{file!r}: names such as {groups[0].head!r} mean the modules of one model; the base is needed to read them"
+        )
+    located = locate((group.head for group in groups), base, prefix, file)
+    items: list[Item] = []
+    replaced: dict[str, Tensor] = {}
+    for group in groups:
+        if group.head in located:
+            items += _items(group, located[group.head], base)
+            if "set_weight" in group.tensors:
+                replaced[_parameter(group, "set_weight", located[group.head], base)] = group.tensors["set_weight"]
+    return Content(file, tuple(items), replaced, metadata)
+
+
+def _items(group: Group, place: str, base: Base) -> list[Item]:
+    """What a module's tensors say about its weight and its bias."""
+    _refuse_orphans(group)
+    items = []
+    if "down" in group.tensors:
+        items.append(_low_rank(group, _parameter(group, "up", place, base), base))
+    for leaf in ("diff", "w_norm", *BIAS):
+        if leaf in group.tensors:
+            path = _parameter(group, leaf, place, base)
+            items.append(_difference(group, leaf, path, base))
+    return items
+
+
+def _refuse_orphans(group: Group) -> None:
+    for leaves in (WEIGHT, BIAS):
+        found = [group.keys[leaf] for leaf in leaves if leaf in group.keys]
+        if len(found) > 1:
+            raise FormatError(f"{group.file!r}: {listed(found)} are for one parameter; keep one")
+    for leaf in ("mid", "dora_scale", "alpha"):
+        # Some trainers write an alpha beside a difference, where no reader uses it.
+        alone = leaf != "alpha" or not any(key in group.keys for key in (*WEIGHT, *BIAS))
+        if leaf in group.keys and "down" not in group.keys and alone:
+            raise group.error(leaf, "there is no pair of factors for it")
+
+
+def _parameter(group: Group, leaf: str, place: str, base: Base) -> str:
+    """The parameter a leaf is for: a module's weight or bias, or the very parameter of the name."""
+    name = "bias" if leaf in BIAS else "weight"
+    path = f"{place}.{name}" if place else name
+    if path in base.names:
+        return path
+    if place in base.names and leaf not in BIAS:
+        return place
+    raise group.error(leaf, f"{place!r} has no parameter {name!r}, which is all this format can name")
+
+
+def _difference(group: Group, leaf: str, path: str, base: Base) -> Item:
+    diff, shape = group.tensors[leaf], base.shape(path)
+    if squeezed(diff.shape) != squeezed(shape):
+        raise group.error(leaf, f"shape {tuple(diff.shape)}; {path!r} has {tuple(shape)}")
+    return Item(path, Full(), {"diff": diff.reshape(shape)}, base.layout(path) or Layout(), shape)
+
+
+def _low_rank(group: Group, path: str, base: Base) -> Item:
+    shape, layout = base.shape(path), layout_for(group, path, base)
+    A, B = matrices(group, shape, layout)
+    alpha = alpha_of(group)
+    if "dora_scale" in group.tensors:
+        return _dora(group, path, A, B, alpha, layout, shape)
+    A, B, r, alpha = at_most_full(A, B, alpha)
+    return Item(path, LoRA(r=r, alpha=alpha), {"lora_A": A, "lora_B": B}, layout, shape)
+
+
+def _dora(
+    group: Group, path: str, A: Tensor, B: Tensor, alpha: float | None, layout: Layout, shape: tuple[int, ...]
+) -> Item:
+    """A DoRA: its scale has the size of the output dim, or of the input dim, and ones elsewhere."""
+    scale = group.tensors["dora_scale"]
+    _, out, in_ = layout.sizes(shape)
+    channels = shape[1 - layout.out]
+    m = scale.reshape(-1)
+    if squeezed(scale.shape) == (out,):
+        A, B, r, alpha = at_most_full(A, B, alpha)
+        return Item(path, DoRA(r=r, alpha=alpha, eps=EPS), _factors(A, B, m), layout, shape)
+    if squeezed(scale.shape) != squeezed((1, channels)):
+        raise group.error(
+            "dora_scale",
+            f"shape {tuple(scale.shape)}; allowed: {(out, *[1] * (len(shape) - 1))}, one per output, or "
+            f"{(1, channels, *[1] * (len(shape) - 2))}, one per input channel",
+        )
+    if channels == in_:
+        A, B, r, alpha = at_most_full(A, B, alpha)
+        return Item(path, DoRA(r=r, alpha=alpha, axis="in", eps=EPS), _factors(A, B, m), layout, shape)
+    A, B = by_input_channel(A, B, (alpha or A.shape[0]) / A.shape[0], channels)
+    return Item(path, DoRA(r=A.shape[0], eps=EPS), _factors(A, B, m), Layout(out=1), shape)
+
+
+def _factors(A: Tensor, B: Tensor, m: Tensor) -> Factors:
+    return {"lora_A": A, "lora_B": B, "magnitude": m}
+
+
+def by_input_channel(A: Tensor, B: Tensor, scale: float, channels: int) -> tuple[Tensor, Tensor]:
+    """The pair of s·B·A read as (channels, out·∏k), whose rows are what a norm per input channel belongs to.
+
+    ΔV[o, i, k] = s·Σ_p B[o, p]·A[p, i, k] has rank r·∏k in that reading: B'[i, (p, k)] = A[p, i, k] and
+    A'[(p, k), (o, l)] = s·B[o, p] where k = l.
+    """
+    wide = torch.promote_types(A.dtype, torch.float32)
+    (r, in_), out = A.shape, B.shape[0]
+    kernel = in_ // channels
+    if r * kernel <= min(channels, out * kernel):
+        rows = A.reshape(r, channels, kernel).permute(1, 0, 2).reshape(channels, r * kernel)
+        eye = torch.eye(kernel, dtype=torch.float64)
+        columns = torch.einsum("op,kl->pkol", B.double() * scale, eye).reshape(r * kernel, out * kernel)
+        return columns.to(wide), rows.to(wide)
+    delta = (B.double() * scale) @ A.double()
+    delta = delta.reshape(out, channels, kernel).transpose(0, 1).reshape(channels, out * kernel).to(wide)
+    eye = torch.eye(min(delta.shape), dtype=wide)
+    return (delta, eye) if delta.shape[0] <= delta.shape[1] else (eye, delta)
