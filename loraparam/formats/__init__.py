@@ -19,7 +19,7 @@ from .bases import Base, ModelBase
 from .content import Content, attach_content, content_of
 
 # Each reader and writer by name; formats/content.py says what such a module has.
-FORMATS: dict[str, Any] = {native.NAME: native, peft.NAME: peft, kohya.NAME: kohya}
+FORMATS: dict[str, Any] = {native.NAME: native, peft.NAME: peft, kohya.NAME: kohya, diffusers.NAME: diffusers}
 
 
 def save(

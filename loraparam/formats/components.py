@@ -51,7 +51,7 @@ def component_of(head: str) -> str:
 
 
 def _begins(head: str, prefix: str) -> bool:
-    """Whether a name has a prefix. Names in which "." is written "_" hold no dot, so "a_" is not the start of "a_2.b"."""
+    """Whether a name has a prefix. Names in which "." is written "_" hold no dot: "a_" does not begin "a_2.b"."""
     if prefix.endswith("."):
         return f"{head}.".startswith(prefix)
     return head.startswith(prefix) and (not prefix or "." not in head)
@@ -158,11 +158,11 @@ def _parts(heads: list[str], modules: Modules, prefix: Prefix, file: str) -> lis
     by_prefix: dict[str, dict[str, str]] = {}
     for head in heads:
         if chosen is None:
-            start = component_of(head)
+            starts = [component_of(head)]
         else:
-            start = max((known for known in chosen if _begins(head, known)), key=len, default=None)
-        if start is not None:
-            by_prefix.setdefault(start, {})[head] = head[len(start) :]
+            starts = sorted((known for known in chosen if _begins(head, known)), key=len)
+        if starts:
+            by_prefix.setdefault(starts[-1], {})[head] = head[len(starts[-1]) :]
     if not by_prefix:
         raise FormatError(f"{file!r}: prefix={prefix!r} selects nothing; in the file: {listed(_shown(heads))}")
     if chosen is not None:

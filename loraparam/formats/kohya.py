@@ -9,6 +9,7 @@ s = alpha / r; without alpha s = 1. A DoRA is LyCORIS's, W' = m·V/(‖V‖ + ep
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from ..errors import FormatError, listed
 from ..layouts import Layout
-from ..methods import DoRA, Factors, Full, LoRA
+from ..methods import Full
 from .bases import Base
 from .components import Prefix, component_of, locate
 from .content import Content, Item
 from .files import open_safetensors
-from .leaves import Group, Leaves, alpha_of, at_most_full, layout_for, matrices, read_groups, squeezed
+from .leaves import Group, Leaves, Pair, alpha_of, layout_for, matrices, read_groups, squeezed
 
 NAME = "kohya"
 HINTS = ("prefix",)
@@ -138,56 +139,46 @@ def _difference(group: Group, leaf: str, path: str, base: Base) -> Item:
 def _low_rank(group: Group, path: str, base: Base) -> Item:
     shape, layout = base.shape(path), layout_for(group, path, base)
     A, B = matrices(group, shape, layout)
-    alpha = alpha_of(group)
-    if "dora_scale" in group.tensors:
-        return _dora(group, path, A, B, alpha, layout, shape)
-    A, B, r, alpha = at_most_full(A, B, alpha)
-    return Item(path, LoRA(r=r, alpha=alpha), {"lora_A": A, "lora_B": B}, layout, shape)
+    pair = Pair(A=A, B=B, alpha=alpha_of(group))
+    return _dora(group, pair, path, layout, shape) if "dora_scale" in group.keys else pair.item(path, layout, shape)
 
 
-def _dora(
-    group: Group, path: str, A: Tensor, B: Tensor, alpha: float | None, layout: Layout, shape: tuple[int, ...]
-) -> Item:
+def _dora(group: Group, pair: Pair, path: str, layout: Layout, shape: tuple[int, ...]) -> Item:
     """A DoRA: its scale has the size of the output dim, or of the input dim, and ones elsewhere."""
-    scale = group.tensors["dora_scale"]
     _, out, in_ = layout.sizes(shape)
-    channels = shape[1 - layout.out]
-    m = scale.reshape(-1)
-    if squeezed(scale.shape) == (out,):
-        A, B, r, alpha = at_most_full(A, B, alpha)
-        return Item(path, DoRA(r=r, alpha=alpha, eps=EPS), _factors(A, B, m), layout, shape)
-    if squeezed(scale.shape) != squeezed((1, channels)):
+    channels, m = shape[1 - layout.out], group.tensors["dora_scale"]
+    pair = replace(pair, magnitude=m, eps=EPS)
+    if squeezed(m.shape) == (out,):
+        return pair.item(path, layout, shape)
+    if squeezed(m.shape) != squeezed((1, channels)):
+        ones = [1] * (len(shape) - 2)
         raise group.error(
             "dora_scale",
-            f"shape {tuple(scale.shape)}; allowed: {(out, *[1] * (len(shape) - 1))}, one per output, or "
-            f"{(1, channels, *[1] * (len(shape) - 2))}, one per input channel",
+            f"shape {tuple(m.shape)}; allowed: {(out, 1, *ones)}, one per output, or {(1, channels, *ones)}, one per "
+            "input channel",
         )
     if channels == in_:
-        A, B, r, alpha = at_most_full(A, B, alpha)
-        return Item(path, DoRA(r=r, alpha=alpha, axis="in", eps=EPS), _factors(A, B, m), layout, shape)
-    A, B = by_input_channel(A, B, (alpha or A.shape[0]) / A.shape[0], channels)
-    return Item(path, DoRA(r=A.shape[0], eps=EPS), _factors(A, B, m), Layout(out=1), shape)
+        return replace(pair, axis="in").item(path, layout, shape)
+    A, B = by_input_channel(pair, channels)
+    return replace(pair, A=A, B=B, alpha=None).item(path, Layout(out=1), shape)
 
 
-def _factors(A: Tensor, B: Tensor, m: Tensor) -> Factors:
-    return {"lora_A": A, "lora_B": B, "magnitude": m}
-
-
-def by_input_channel(A: Tensor, B: Tensor, scale: float, channels: int) -> tuple[Tensor, Tensor]:
+def by_input_channel(pair: Pair, channels: int) -> tuple[Tensor, Tensor]:
     """The pair of s·B·A read as (channels, out·∏k), whose rows are what a norm per input channel belongs to.
 
     ΔV[o, i, k] = s·Σ_p B[o, p]·A[p, i, k] has rank r·∏k in that reading: B'[i, (p, k)] = A[p, i, k] and
     A'[(p, k), (o, l)] = s·B[o, p] where k = l.
     """
+    A, B = pair.A, pair.B
     wide = torch.promote_types(A.dtype, torch.float32)
     (r, in_), out = A.shape, B.shape[0]
     kernel = in_ // channels
     if r * kernel <= min(channels, out * kernel):
         rows = A.reshape(r, channels, kernel).permute(1, 0, 2).reshape(channels, r * kernel)
         eye = torch.eye(kernel, dtype=torch.float64)
-        columns = torch.einsum("op,kl->pkol", B.double() * scale, eye).reshape(r * kernel, out * kernel)
+        columns = torch.einsum("op,kl->pkol", B.double() * pair.scale, eye).reshape(r * kernel, out * kernel)
         return columns.to(wide), rows.to(wide)
-    delta = (B.double() * scale) @ A.double()
+    delta = (B.double() * pair.scale) @ A.double()
     delta = delta.reshape(out, channels, kernel).transpose(0, 1).reshape(channels, out * kernel).to(wide)
     eye = torch.eye(min(delta.shape), dtype=wide)
     return (delta, eye) if delta.shape[0] <= delta.shape[1] else (eye, delta)

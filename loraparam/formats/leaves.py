@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, listed
+from ..functional import Axis
 from ..layouts import Layout
+from ..methods import DoRA, LoRA
 from .bases import Base
+from .content import Item
 from .files import open_safetensors
 from .portable import at_most_full_rank
 
@@ -60,10 +63,16 @@ class Leaves:
     Args:
         plain: leaves beside the pairs.
         refused: {leaf: why it is not read}.
+        rename: the module's name that a name with this end of the key stands for.
     """
 
-    def __init__(self, plain: Iterable[str], refused: Mapping[str, str]) -> None:
-        self.refused = dict(refused)
+    def __init__(
+        self,
+        plain: Iterable[str],
+        refused: Mapping[str, str],
+        rename: Callable[[str, str], str] = lambda head, end: head,
+    ) -> None:
+        self.refused, self.rename = dict(refused), rename
         self.leaf_of = {half: leaf for pair in PAIRS for half, leaf in zip(pair, ("down", "up"), strict=True)}
         self.leaf_of |= {f".{leaf}": leaf for leaf in (*plain, *refused)}
         ends = "|".join(re.escape(end) for end in self.leaf_of)
@@ -72,7 +81,7 @@ class Leaves:
     def split(self, key: str) -> tuple[str, str] | None:
         """(module's name, end of the key); None for an unknown leaf."""
         found = self.pattern.fullmatch(key)
-        return (found[1], found[2]) if found is not None and found[1] else None
+        return (self.rename(found[1], found[2]), found[2]) if found is not None and found[1] else None
 
 
 def read_groups(path: Path, leaves: Leaves) -> tuple[list[Group], dict[str, str]]:
@@ -137,6 +146,50 @@ def _checked(group: Group, leaf: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+class Implied:
+    """The parameters that a file's own shapes imply, where no base is given: Linear layers, convolutions, embeddings.
+
+    Args:
+        groups: the file's modules.
+        paths: {module's name in the file: module path}.
+    """
+
+    ordered = False
+
+    def __init__(self, groups: Iterable[Group], paths: Mapping[str, str]) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.lookups: set[str] = set()
+        for group in groups:
+            if group.head in paths:
+                self._add(group, f"{paths[group.head]}.".removeprefix("."))
+        self.names = list(self.shapes)
+
+    def _add(self, group: Group, owner: str) -> None:
+        known = group.tensors
+        if "lora_embedding_A" in known and "lora_embedding_B" in known:
+            self.shapes[f"{owner}weight"] = (*known["lora_embedding_A"].shape[1:], *known["lora_embedding_B"].shape[:1])
+            self.lookups.add(f"{owner}weight")
+        elif "down" in known:
+            self.shapes[f"{owner}weight"] = (*known["up"].shape[:1], *known["down"].shape[1:])
+        if "lora_B.bias" in known:
+            self.shapes[f"{owner}bias"] = tuple(known["lora_B.bias"].shape)
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        """From the pair."""
+        return self.shapes[path]
+
+    def layout(self, path: str) -> Layout | None:
+        """From the pair's spelling."""
+        return Layout(out=1, lookup=True) if path in self.lookups else Layout()
+
+    def module(self, path: str) -> None:
+        """Unknown."""
+
+    def tensor(self, path: str) -> Tensor:
+        """Unknown."""
+        raise FormatError(f"the base is needed for the values of {path!r}")
+
+
 def alpha_of(group: Group) -> float | None:
     """The number in a group's ``alpha``: one element, of any dtype; None where there is none.
 
@@ -175,6 +228,7 @@ def layout_for(group: Group, path: str, base: Base) -> Layout:
         swapped = len(shape) == 2 and (out, in_) == (shape[1], shape[0]) and shape[0] != shape[1]
         return Layout(out=1) if swapped else Layout()
     if known.batch or known.lookup or (known.out and len(shape) > 2) or len(shape) < 2:
+        # Told from the module's type, so there is a module.
         kind = type(base.module(path.rpartition(".")[0])).__name__
         raise group.error("up", f"{path!r} is the {tuple(shape)} parameter of a {kind}, which has no such pair here")
     return known
@@ -186,8 +240,7 @@ def matrices(group: Group, shape: Sequence[int], layout: Layout) -> tuple[Tensor
     Raises:
         FormatError: a shape that does not fit.
     """
-    down, up, mid = (group.tensors.get(leaf) for leaf in ("down", "up", "mid"))
-    assert down is not None and up is not None
+    down, up, mid = group.tensors["down"], group.tensors["up"], group.tensors.get("mid")
     _, out, in_ = layout.sizes(shape)
     dims = [size for dim, size in enumerate(shape) if dim != layout.out]  # (in, *k)
     kernel = dims[:1] if mid is not None else dims
@@ -204,15 +257,54 @@ def matrices(group: Group, shape: Sequence[int], layout: Layout) -> tuple[Tensor
     if mid.shape[:2] != (r, r) or squeezed(mid.shape[2:] or (1,)) != squeezed(dims[1:] or (1,)):
         raise group.error("mid", f"shape {tuple(mid.shape)}; the layer takes {(r, r, *dims[1:])}")
     wide = torch.promote_types(down.dtype, torch.float32)
-    A = torch.einsum("mnk,nj->mjk", mid.double().flatten(2).reshape(r, r, -1), down.double().reshape(r, -1))
+    # In float64, so that the product is rounded once.
+    A = torch.einsum("mnk,nj->mjk", mid.double().reshape(r, r, -1), down.double().reshape(r, -1))
     return A.reshape(r, in_).to(wide), up.reshape(out, r).to(wide)
 
 
-def at_most_full(A: Tensor, B: Tensor, alpha: float | None) -> tuple[Tensor, Tensor, int, float | None]:
-    """(A, B, r, alpha) with r ≤ min(out, in); where it was larger, s = alpha / r is part of the new pair."""
-    r = A.shape[0]
-    if r <= min(A.shape[1], B.shape[0]):
-        return A, B, r, alpha
-    wide = torch.promote_types(A.dtype, torch.float32)
-    A, B = at_most_full_rank(A.to(wide), (B.double() * ((alpha or r) / r)).to(wide))
-    return A, B, A.shape[0], None
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A low-rank pair as matrices, with the scale it was trained with and perhaps a magnitude.
+
+    Attributes:
+        A, B: (r, in), (out, r).
+        alpha: s = alpha / r, or alpha / √r with ``rslora``; None is r.
+        magnitude: of a DoRA, one per output or (``axis="in"``) per input.
+        eps: as for ``DoRA``.
+    """
+
+    A: Tensor
+    B: Tensor
+    alpha: float | None = None
+    rslora: bool = False
+    magnitude: Tensor | None = None
+    axis: Axis = "out"
+    eps: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """s."""
+        return LoRA(r=self.A.shape[0], alpha=self.alpha, rslora=self.rslora).scale
+
+    def item(self, path: str, layout: Layout, shape: tuple[int, ...]) -> Item:
+        """As an item, at rank ≤ min(out, in) and without components that only pad it."""
+        A, B = _without_padding(self.A, self.B)
+        A, B = at_most_full_rank(A, B) if A.shape[0] > min(A.shape[1], B.shape[0]) else (A, B)
+        r, alpha, rslora = A.shape[0], self.alpha, self.rslora
+        if r != self.A.shape[0]:
+            alpha, rslora = self.scale * r, False
+        factors = {"lora_A": A, "lora_B": B}
+        if self.magnitude is None:
+            return Item(path, LoRA(r=r, alpha=alpha, rslora=rslora), factors, layout, shape)
+        factors["magnitude"] = self.magnitude.reshape(-1)
+        method = DoRA(r=r, alpha=alpha, rslora=rslora, axis=self.axis, eps=self.eps)
+        return Item(path, method, factors, layout, shape)
+
+
+def _without_padding(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair without components that are zero on both sides, which change nothing and can never train."""
+    used = (A != 0).any(1) | (B != 0).any(0)
+    if bool(used.all()):
+        return A, B
+    used[0] |= not bool(used.any())
+    return A[used], B[:, used]
