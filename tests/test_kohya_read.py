@@ -1,6 +1,5 @@
 """Reading kohya's, LyCORIS' and ComfyUI's files: effective weights, names, and what is refused."""
 
-
 import pytest
 import torch
 from diffusion_files import CASES, Case, base_of, case

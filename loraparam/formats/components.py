@@ -57,6 +57,38 @@ def _begins(head: str, prefix: str) -> bool:
     return head.startswith(prefix) and (not prefix or "." not in head)
 
 
+# A part's name in a model, by the name of its class; of "Transformer" torch's own classes are none.
+_CLASSES = (("UNet2DConditionModel", "unet"), ("CLIPText", "text_encoder"), ("Transformer", "transformer"))
+_PARTS = (
+    "unet",
+    "transformer",
+    "transformer_2",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "prior",
+    "controlnet",
+)
+
+
+def parts_of(owners: Iterable[str], base: Base | None) -> dict[str, str]:
+    """{module path: the part's name} of a model that is a part, or whose children are; empty where neither shows.
+
+    Args:
+        owners: the adapted modules, all of which have to be in a part.
+        base: the model.
+    """
+    children = {owner.partition(".")[0] for owner in owners}
+    if children and children <= set(_PARTS):
+        return {child: child for child in children}
+    model = base.module("") if base is not None else None
+    for kind in type(model).__mro__:
+        for text, part in _CLASSES:
+            if text in kind.__name__ and not kind.__module__.startswith("torch."):
+                return {"": part}
+    return {}
+
+
 @dataclass(frozen=True)
 class _Part:
     """The names of one part, and the modules it may be."""

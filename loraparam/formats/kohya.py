@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ..errors import FormatError, listed
@@ -20,13 +21,15 @@ from ..layouts import Layout
 from ..methods import Full
 from .bases import Base
 from .components import Prefix, component_of, locate
-from .content import Content, Item
-from .files import open_safetensors
+from .content import Content, Item, difference
+from .files import open_safetensors, write_whole
+from .kohya_write import EPS, FLAVOR, Flavor, Names, WritePrefix, Writer, check_flavor, from_comfyui
 from .leaves import Group, Leaves, Pair, alpha_of, layout_for, matrices, read_groups, squeezed
+from .portable import trained, whole
 
 NAME = "kohya"
-HINTS = ("prefix",)
-EPS = torch.finfo(torch.float32).eps
+HINTS = ("prefix", "flavor")
+OPTIONS = ("prefix", "flavor")
 
 _MERGE = "merge it with its own tool and extract a LoRA from the merged weights"
 _OTHER = {
@@ -74,10 +77,18 @@ def _is_own(key: str) -> bool:
     return key.endswith(_OWN) or start.endswith("_") or start.startswith(("diffusion_model.", "text_encoders."))
 
 
-def read(path: Path, base: Base | None, *, prefix: Prefix = None) -> Content:
-    """The adapter in a file."""
+def read(path: Path, base: Base | None, *, prefix: Prefix = None, flavor: Flavor | None = None) -> Content:
+    """The adapter in a file.
+
+    Args:
+        path: the file.
+        base: the model or checkpoint it is for.
+        prefix: the part to load, such as "lora_unet" or "unet"; or {prefix: module path}.
+        flavor: "comfyui" where a DoRA's scales were made for ComfyUI; by default as the header says, else "lycoris".
+    """
     groups, metadata = read_groups(path, LEAVES)
     file = str(path)
+    flavor = check_flavor(metadata.get(FLAVOR, "lycoris") if flavor is None else flavor)
     if base is None:
         raise FormatError(
             f"{file!r}: names such as {groups[0].head!r} mean the modules of one model; the base is needed to read them"
@@ -87,18 +98,18 @@ def read(path: Path, base: Base | None, *, prefix: Prefix = None) -> Content:
     replaced: dict[str, Tensor] = {}
     for group in groups:
         if group.head in located:
-            items += _items(group, located[group.head], base)
+            items += _items(group, located[group.head], base, flavor)
             if "set_weight" in group.tensors:
                 replaced[_parameter(group, "set_weight", located[group.head], base)] = group.tensors["set_weight"]
     return Content(file, tuple(items), replaced, metadata)
 
 
-def _items(group: Group, place: str, base: Base) -> list[Item]:
+def _items(group: Group, place: str, base: Base, flavor: Flavor) -> list[Item]:
     """What a module's tensors say about its weight and its bias."""
     _refuse_orphans(group)
     items = []
     if "down" in group.tensors:
-        items.append(_low_rank(group, _parameter(group, "up", place, base), base))
+        items.append(_low_rank(group, _parameter(group, "up", place, base), base, flavor))
     for leaf in ("diff", "w_norm", *BIAS):
         if leaf in group.tensors:
             path = _parameter(group, leaf, place, base)
@@ -136,11 +147,14 @@ def _difference(group: Group, leaf: str, path: str, base: Base) -> Item:
     return Item(path, Full(), {"diff": diff.reshape(shape)}, base.layout(path) or Layout(), shape)
 
 
-def _low_rank(group: Group, path: str, base: Base) -> Item:
+def _low_rank(group: Group, path: str, base: Base, flavor: Flavor) -> Item:
     shape, layout = base.shape(path), layout_for(group, path, base)
     A, B = matrices(group, shape, layout)
     pair = Pair(A=A, B=B, alpha=alpha_of(group))
-    return _dora(group, pair, path, layout, shape) if "dora_scale" in group.keys else pair.item(path, layout, shape)
+    if "dora_scale" not in group.keys:
+        return pair.item(path, layout, shape)
+    item = _dora(group, pair, path, layout, shape)
+    return item if flavor == "lycoris" else from_comfyui(item, base)
 
 
 def _dora(group: Group, pair: Pair, path: str, layout: Layout, shape: tuple[int, ...]) -> Item:
@@ -182,3 +196,63 @@ def by_input_channel(pair: Pair, channels: int) -> tuple[Tensor, Tensor]:
     delta = delta.reshape(out, channels, kernel).transpose(0, 1).reshape(channels, out * kernel).to(wide)
     eye = torch.eye(min(delta.shape), dtype=wide)
     return (delta, eye) if delta.shape[0] <= delta.shape[1] else (eye, delta)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def write(
+    path: Path, content: Content, base: Base | None, *, prefix: WritePrefix = None, flavor: Flavor = "lycoris"
+) -> None:
+    """Write one adapter.
+
+    Args:
+        path: the file.
+        content: the adapter.
+        base: the model or checkpoint it is for.
+        prefix: of the names, such as "lora_unet", or {module path: prefix}; one that ends in "." keeps the dots of
+            module paths, as ComfyUI's "diffusion_model." By default told from the parts of a pipeline, else "lycoris".
+        flavor: "comfyui" for its reading of a DoRA, which takes the norm of the base weight; "lycoris" is right for
+            LyCORIS, and for ComfyUI in all else.
+    """
+    writer = Writer(base, check_flavor(flavor))
+    modules: dict[str, dict[str, Item]] = {}
+    for item in [*whole(content, base), *_replacements(content, base)]:
+        owner, _, name = item.path.rpartition(".")
+        factors = {key: factor.detach().cpu() for key, factor in item.factors.items()}
+        modules.setdefault(owner, {})[name] = replace(item, factors=factors)
+    names = Names(modules, base, prefix)
+    tensors = {}
+    for owner, items in modules.items():
+        for key, tensor in _module_tensors(owner, items, names, writer).items():
+            tensors[key] = tensor.contiguous()
+    r = max((tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_down.weight")), default=0)
+    header = {"ss_network_module": "lycoris.kohya", "ss_network_dim": str(r), "ss_network_alpha": str(r)}
+    write_whole(path, to_bytes(tensors, {**header, FLAVOR: flavor, "loraparam.trained": trained(content)}))
+
+
+def _replacements(content: Content, base: Base | None) -> list[Item]:
+    if content.replaced and base is None:
+        path = next(iter(content.replaced))
+        raise FormatError(
+            f"{content.source!r} replaces {path!r} as a whole; the base is needed to write the difference"
+        )
+    return [difference(path, value, base, content.source) for path, value in content.replaced.items() if base]
+
+
+def _module_tensors(owner: str, items: dict[str, Item], names: Names, writer: Writer) -> dict[str, Tensor]:
+    """{key: tensor} of one module."""
+    tensors: dict[str, Tensor] = {}
+    for name in items.keys() - {"weight", "bias"}:
+        if not names.is_dotted(owner):
+            raise FormatError(
+                f"{items[name].path!r}: kohya's names stand for a module's weight and bias; use format='peft' or "
+                "'loraparam', or ComfyUI's dotted names: prefix='diffusion_model.'"
+            )
+        head = names.head(items[name].path)
+        tensors |= {f"{head}.{leaf}": tensor for leaf, tensor in writer.leaves(items[name]).items()}
+    if "weight" in items or "bias" in items:
+        head = names.head(owner)
+        leaves = writer.module(items.get("weight"), items.get("bias"))
+        tensors |= {f"{head}.{leaf}": tensor for leaf, tensor in leaves.items()}
+    return tensors

@@ -6,6 +6,7 @@ columns, and slices of one parameter are stacked into one pair, without changing
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -156,4 +157,14 @@ def common_rank(pairs: Iterable[tuple[Tensor, Tensor]]) -> int:
     return max(A.shape[-2] for A, _ in pairs)
 
 
-__all__ = ["at_most_full_rank", "common_rank", "padded", "pair", "part_of", "whole"]
+def trained(content: Content) -> str:
+    """For a file's header, where readers pass over it: what each pair's scale was before it was folded into B."""
+    settings = {
+        item.path: {"r": item.method.r, "alpha": item.method.alpha, "rslora": item.method.rslora}
+        for item in content.items
+        if isinstance(item.method, LowRank)
+    }
+    return json.dumps(settings)
+
+
+__all__ = ["at_most_full_rank", "common_rank", "padded", "pair", "part_of", "trained", "whole"]
