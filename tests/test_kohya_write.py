@@ -41,7 +41,8 @@ def lycoris(W: Tensor, group: Mapping[str, Tensor]) -> Tensor:
     if "dora_scale" not in group:
         return V
     m = group["dora_scale"]
-    over = [dim for dim in range(W.dim()) if dim != int(m.numel() != W.shape[0])]
+    axis = 0 if m.shape[0] == m.numel() == W.shape[0] else 1
+    over = [dim for dim in range(W.dim()) if dim != axis]
     return V * (m / (V.pow(2).sum(over, keepdim=True).sqrt() + EPS))
 
 

@@ -25,7 +25,8 @@ from .bases import Base
 from .components import Prefix, locate
 from .content import Content, Item, relocate
 from .files import open_safetensors, parse_json
-from .leaves import PAIRS, Group, Implied, Leaves, Pair, layout_for, matrices, read_groups, squeezed
+from .leaves import PAIRS, Group, Leaves, layout_for, matrices, read_groups, squeezed
+from .pairs import Implied, Pair
 from .peft_config import Config, parse
 
 NAME = "diffusers"

@@ -24,7 +24,8 @@ from .components import Prefix, component_of, locate
 from .content import Content, Item, difference
 from .files import open_safetensors, write_whole
 from .kohya_write import EPS, FLAVOR, Flavor, Names, WritePrefix, Writer, check_flavor, from_comfyui
-from .leaves import Group, Leaves, Pair, alpha_of, layout_for, matrices, read_groups, squeezed
+from .leaves import Group, Leaves, alpha_of, layout_for, matrices, read_groups, squeezed
+from .pairs import Pair
 from .portable import trained, whole
 
 NAME = "kohya"

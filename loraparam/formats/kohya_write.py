@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from ..functional import lora, row_norm
+from ..functional import row_norm
 from ..methods import DoRA, Full, LoRA, Magnitude
 from .bases import Base
 from .components import parts_of
 from .content import Item
+from .pairs import as_pair, dora_norm
 from .portable import pair
 
 Flavor = Literal["lycoris", "comfyui"]
@@ -174,7 +175,7 @@ class Writer:
         shape = self._shape(item)
         if isinstance(item.method, Full):
             return {"diff": item.factors["diff"]}
-        item = _as_pair(item)
+        item = as_pair(item)
         A, B = pair(item)
         if item.layout.out and len(shape) > 2:
             A, B = by_first_dim(item, A, B, shape)
@@ -227,7 +228,7 @@ class Writer:
         dim = int(method.axis == "in") if len(shape) == 2 else dim
         if self.flavor == "comfyui" or method.eps not in (0.0, EPS):
             weight = self._weight(item, "the norms of its weight")
-            after = _norm(item, method, weight)
+            after = dora_norm(item, method, weight)
             theirs = _comfyui_norm(item, weight) if self.flavor == "comfyui" else None
             ours = after + method.eps
             # A row of zeros stays zero under any scale.
@@ -254,12 +255,6 @@ class Writer:
         return replace(item, method=Full(), factors={"diff": diff.to(dtype)})
 
 
-def _norm(item: Item, method: DoRA, weight: Tensor) -> Tensor:
-    """‖W + s·B·A‖ along a DoRA's axis, in float64."""
-    V = lora(item.layout.matrix(weight), item.factors["lora_A"], item.factors["lora_B"], method.scale)
-    return row_norm(V, method.axis)
-
-
 def _comfyui_norm(item: Item, weight: Tensor) -> Tensor | None:
     """‖W‖ per output, where ComfyUI divides by that; None where it divides by ‖W + s·B·A‖, as LyCORIS does.
 
@@ -279,7 +274,7 @@ def from_comfyui(item: Item, base: Base) -> Item:
     if theirs is None:
         return item
     m = item.factors["magnitude"]
-    scaled = m.double() * (_norm(item, item.method, weight) + item.method.eps) / (theirs + EPS)
+    scaled = m.double() * (dora_norm(item, item.method, weight) + item.method.eps) / (theirs + EPS)
     scaled = scaled.to(torch.promote_types(m.dtype, torch.float32))
     return replace(item, factors={**item.factors, "magnitude": scaled})
 
@@ -287,17 +282,6 @@ def from_comfyui(item: Item, base: Base) -> Item:
 def _is_norm(factors: Mapping[str, Tensor]) -> bool:
     """Whether the weight has no input dim, as a norm's has none."""
     return "diff" in factors and factors["diff"].dim() == 1
-
-
-def _as_pair(item: Item) -> Item:
-    """A magnitude alone as a DoRA whose pair is zero."""
-    if not isinstance(item.method, Magnitude):
-        return item
-    assert item.shape is not None
-    m = item.factors["magnitude"]
-    _, out, in_ = item.layout.sizes(item.shape)
-    zeros = {"lora_A": m.new_zeros(1, in_), "lora_B": m.new_zeros(out, 1), "magnitude": m}
-    return replace(item, method=DoRA(r=1, axis=item.method.axis), factors=zeros)
 
 
 def by_first_dim(item: Item, A: Tensor, B: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
