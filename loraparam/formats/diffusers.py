@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ..errors import FormatError, nearest
@@ -24,13 +25,16 @@ from ..methods.base import is_number
 from .bases import Base
 from .components import Prefix, locate
 from .content import Content, Item, relocate
-from .files import open_safetensors, parse_json
+from .diffusers_write import Module, WritePrefix, heads
+from .files import open_safetensors, parse_json, write_whole
 from .leaves import PAIRS, Group, Leaves, layout_for, matrices, read_groups, squeezed
 from .pairs import Implied, Pair
 from .peft_config import Config, parse
+from .portable import replacements, trained, whole
 
 NAME = "diffusers"
 HINTS = ("prefix", "alpha")
+OPTIONS = ("prefix",)
 FILE = "pytorch_lora_weights.safetensors"
 HEADER = "lora_adapter_metadata"
 
@@ -235,3 +239,38 @@ class _Module:
             raise self.group.error("lora_B.bias", f"shape {tuple(bias.shape)}; {self.bias!r} has {shape}")
         diff = (bias.double() * pair.scale).to(torch.promote_types(bias.dtype, torch.float32))
         return Item(self.bias, Full(), {"diff": diff}, Layout(), shape)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, content: Content, base: Base | None, *, prefix: WritePrefix = None) -> None:
+    """Write one adapter, with s folded into B and no config, which diffusers reads as s = 1.
+
+    Args:
+        path: the file.
+        content: the adapter.
+        base: the model or checkpoint it is for.
+        prefix: the part's name, such as "unet", or {module path: part}; by default told from the class of the model
+            or the names of its children, else none.
+    """
+    modules: dict[str, Module] = {}
+    for item in [*whole(content, base), *replacements(content, base)]:
+        owner = item.path.rpartition(".")[0]
+        factors = {key: factor.detach().cpu() for key, factor in item.factors.items()}
+        modules.setdefault(owner, Module(owner, base)).add(replace(item, factors=factors))
+    names = heads(modules, base, prefix)
+    parts: dict[str, list[Module]] = {}
+    for module in modules.values():
+        parts.setdefault(names[module.owner][0], []).append(module)
+    tensors = {}
+    for members in parts.values():
+        r = max(module.rank() for module in members)
+        dora, biased = any(m.is_dora for m in members), any(m.bias is not None for m in members)
+        if dora and biased:
+            named = next(m.owner for m in members if m.bias is not None)
+            raise FormatError(f"{named!r}: diffusers has no DoRA beside a trained bias; use format='kohya'")
+        for module in members:
+            for leaf, tensor in module.tensors(r=r, dora=dora, biased=biased).items():
+                tensors[f"{names[module.owner][1]}.{leaf}"] = tensor.contiguous()
+    write_whole(path, to_bytes(tensors, {"format": "pt", "loraparam.trained": trained(content)}))

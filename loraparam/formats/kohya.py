@@ -21,12 +21,12 @@ from ..layouts import Layout
 from ..methods import Full
 from .bases import Base
 from .components import Prefix, component_of, locate
-from .content import Content, Item, difference
+from .content import Content, Item
 from .files import open_safetensors, write_whole
 from .kohya_write import EPS, FLAVOR, Flavor, Names, WritePrefix, Writer, check_flavor, from_comfyui
 from .leaves import Group, Leaves, alpha_of, layout_for, matrices, read_groups, squeezed
 from .pairs import Pair
-from .portable import trained, whole
+from .portable import replacements, trained, whole
 
 NAME = "kohya"
 HINTS = ("prefix", "flavor")
@@ -218,7 +218,7 @@ def write(
     """
     writer = Writer(base, check_flavor(flavor))
     modules: dict[str, dict[str, Item]] = {}
-    for item in [*whole(content, base), *_replacements(content, base)]:
+    for item in [*whole(content, base), *replacements(content, base)]:
         owner, _, name = item.path.rpartition(".")
         factors = {key: factor.detach().cpu() for key, factor in item.factors.items()}
         modules.setdefault(owner, {})[name] = replace(item, factors=factors)
@@ -230,15 +230,6 @@ def write(
     r = max((tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_down.weight")), default=0)
     header = {"ss_network_module": "lycoris.kohya", "ss_network_dim": str(r), "ss_network_alpha": str(r)}
     write_whole(path, to_bytes(tensors, {**header, FLAVOR: flavor, "loraparam.trained": trained(content)}))
-
-
-def _replacements(content: Content, base: Base | None) -> list[Item]:
-    if content.replaced and base is None:
-        path = next(iter(content.replaced))
-        raise FormatError(
-            f"{content.source!r} replaces {path!r} as a whole; the base is needed to write the difference"
-        )
-    return [difference(path, value, base, content.source) for path, value in content.replaced.items() if base]
 
 
 def _module_tensors(owner: str, items: dict[str, Item], names: Names, writer: Writer) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from ..methods import DoRA, Full, LoRA, Magnitude
 from .bases import Base
 from .components import parts_of
 from .content import Item
-from .pairs import as_pair, dora_norm
+from .pairs import as_pair, dora_norm, is_read_by_attention
 from .portable import pair
 
 Flavor = Literal["lycoris", "comfyui"]
@@ -201,6 +201,11 @@ class Writer:
             raise FormatError(f"{item.path!r}: the base is needed to know the parameter's shape")
         if layout.lookup and not (isinstance(item.method, Full) and self.flavor == "comfyui"):
             raise FormatError(f"{item.path!r}: kohya's format has no form for an embedding; {_ELSEWHERE}")
+        if self.flavor == "lycoris" and is_read_by_attention(item.path, self.base):
+            raise FormatError(
+                f"{item.path!r}: LyCORIS has no effect on a MultiheadAttention's output projection; use format='peft' "
+                "or 'loraparam', or flavor='comfyui'"
+            )
         if isinstance(item.method, Full):
             return shape
         if not isinstance(item.method, (LoRA, DoRA, Magnitude)):

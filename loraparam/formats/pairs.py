@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import FormatError
 from ..functional import Axis, lora, row_norm
 from ..layouts import Layout
 from ..methods import DoRA, LoRA, Magnitude
+from .bases import Base
 from .content import Item
 from .leaves import Group
 from .portable import at_most_full_rank
@@ -73,6 +74,15 @@ def as_pair(item: Item) -> Item:
     _, out, in_ = item.layout.sizes(item.shape)
     zeros = {"lora_A": m.new_zeros(1, in_), "lora_B": m.new_zeros(out, 1), "magnitude": m}
     return replace(item, method=DoRA(r=1, axis=item.method.axis), factors=zeros)
+
+
+def is_read_by_attention(path: str, base: Base | None) -> bool:
+    """Whether a parameter is that of torch's MultiheadAttention's ``out_proj``, whose forward is never called.
+
+    Tools that adapt a layer by its forward have no effect there.
+    """
+    parent = path.rpartition(".")[0].rpartition(".")[0]
+    return base is not None and isinstance(base.module(parent), nn.MultiheadAttention)
 
 
 def dora_norm(item: Item, method: DoRA, weight: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..methods import DoRA, Full, LoRA
 from ..methods.lowrank import LowRank
 from ..slices import Slice
 from .bases import Base
-from .content import Content, Item
+from .content import Content, Item, difference
 
 
 def part_of(item: Item, base: Base | None) -> Slice | None:
@@ -152,6 +152,21 @@ def _lengths(items: Sequence[Item], parts: Sequence[Slice], shape: Sequence[int]
     return lengths.to(items[0].factors["lora_A"].dtype)
 
 
+def replacements(content: Content, base: Base | None) -> list[Item]:
+    """The parameters that the content replaces, as differences from the base.
+
+    Raises:
+        FormatError: there is no base, or it has another shape.
+    """
+    if base is not None:
+        return [difference(path, value, base, content.source) for path, value in content.replaced.items()]
+    for path in content.replaced:
+        raise FormatError(
+            f"{content.source!r} replaces {path!r} as a whole; the base is needed to write the difference"
+        )
+    return []
+
+
 def common_rank(pairs: Iterable[tuple[Tensor, Tensor]]) -> int:
     """The largest rank among pairs, which readers without per-module ranks need everywhere."""
     return max(A.shape[-2] for A, _ in pairs)
@@ -167,4 +182,4 @@ def trained(content: Content) -> str:
     return json.dumps(settings)
 
 
-__all__ = ["at_most_full_rank", "common_rank", "padded", "pair", "part_of", "trained", "whole"]
+__all__ = ["at_most_full_rank", "common_rank", "padded", "pair", "part_of", "replacements", "trained", "whole"]
