@@ -2,16 +2,13 @@
 
 import copy
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusion_files import build, case
-from safetensors import safe_open
-from safetensors.torch import load_file
-from test_plans import randomize, unchanged
+from test_plans import randomize
 from torch import Tensor, nn
 
 import loraparam as lp
@@ -105,3 +102,111 @@ def test_diffusers_reads_the_file_and_has_the_same_weights(folder: Path, name: s
     same(fused(theirs), weights)
     lp.load(model, path)
     same(lp.merged_state_dict(model), weights)
+
+
+# --- pipelines: several parts in one file -----------------------------------------------------------------------------
+
+
+def pipeline() -> nn.ModuleDict:
+    return nn.ModuleDict({"unet": base(), "text_encoder": base("text_encoder")})
+
+
+def test_parts_of_a_pipeline_go_where_diffusers_looks_for_them(folder: Path) -> None:
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin as Loader
+
+    model, path = pipeline(), folder / "parts.safetensors"
+    lp.attach(model, {f"unet.{BLOCK}.attn1.to_q": lp.LoRA(r=1, alpha=3), "text_encoder.**.q_proj": lp.DoRA(r=2)})
+    randomize(model)
+    weights = lp.merged_state_dict(model)
+    lp.save(model, path, format="diffusers")
+    theirs: Any = pipeline()
+    state, alphas, metadata = Loader.lora_state_dict(str(path), return_lora_metadata=True)
+    assert (alphas, metadata) == (None, None)
+    Loader.load_lora_into_unet(state, alphas, theirs["unet"])
+    Loader.load_lora_into_text_encoder(state, alphas, theirs["text_encoder"])
+    theirs["text_encoder"].fuse_lora = functools.partial(_fuse, theirs["text_encoder"])
+    for part in ("unet", "text_encoder"):
+        same(
+            fused(theirs[part]), {k.removeprefix(f"{part}."): v for k, v in weights.items() if k.startswith(f"{part}.")}
+        )
+
+
+def _fuse(model: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 2, "lora_alpha": 6},
+    "patterns": {
+        "r": 2,
+        "lora_alpha": 6,
+        "rank_pattern": {"mid_block.attentions.0.transformer_blocks.0.attn1.to_q": 3, "to_k": 1},
+        "alpha_pattern": {"to_k": 5, "down_blocks.0.resnets.0.conv1": 1},
+    },
+    "rank-stabilized": {"r": 4, "lora_alpha": 6, "use_rslora": True},
+    "directions": {"r": 2, "lora_alpha": 6, "use_dora": True},
+    "biases": {"r": 2, "lora_alpha": 6, "lora_bias": True, "target_modules": ["to_out.0", "conv1"]},
+    "gaussian": {"r": 2, "lora_alpha": 3, "init_lora_weights": "gaussian"},
+}
+
+
+def trained(part: str, config: dict[str, Any]) -> Any:
+    """A base with diffusers' adapter of random values on it."""
+    from peft import LoraConfig
+
+    model = base(part)
+    targets = ["q_proj", "v_proj"] if part == "text_encoder" else ["to_q", "to_k", "to_out.0", "conv1"]
+    model.add_adapter(LoraConfig(**{"target_modules": targets, **config}))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.4)
+    return model
+
+
+# PEFT takes the bias of a pair for an unsharded factor.
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape:peft.utils.warning.PeftWarning")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_diffusers_saves_of_one_model_is_read(tmp_path: Path, name: str) -> None:
+    theirs, model = trained("unet", CONFIGS[name]), base()
+    theirs.save_lora_adapter(str(tmp_path))
+    lp.load(model, tmp_path)  # the folder, or the file in it
+    same(lp.merged_state_dict(model), fused(theirs))
+
+
+@pytest.mark.parametrize("spelling", ["peft", "diffusers"])
+@pytest.mark.parametrize("metadata", [True, False])
+def test_what_a_pipeline_saves_is_read(tmp_path: Path, spelling: str, metadata: bool) -> None:
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    parts = {
+        "unet": trained("unet", CONFIGS["patterns"]),
+        "text_encoder": trained("text_encoder", {"r": 3, "lora_alpha": 2}),
+    }
+    states = {part: get_peft_model_state_dict(model, adapter_name="default") for part, model in parts.items()}
+    if spelling == "diffusers":
+        states = {part: convert_state_dict_to_diffusers(state) for part, state in states.items()}
+    headers = {f"{part}_lora_adapter_metadata": model.peft_config["default"].to_dict() for part, model in parts.items()}
+    StableDiffusionPipeline.save_lora_weights(
+        str(tmp_path),
+        unet_lora_layers=states["unet"],
+        text_encoder_lora_layers=states["text_encoder"],
+        **(headers if metadata else {}),
+    )
+    model = pipeline()
+    lp.load(model, tmp_path / "pytorch_lora_weights.safetensors")
+    if not metadata:  # then the reader takes alpha for the rank
+        for part in parts.values():
+            for module in part.modules():
+                for adapter in getattr(module, "scaling", {}):
+                    module.scaling[adapter] = 1.0
+    parts["text_encoder"].fuse_lora = functools.partial(_fuse, parts["text_encoder"])
+    expected = {f"{part}.{name}": value for part, theirs in parts.items() for name, value in fused(theirs).items()}
+    same(lp.merged_state_dict(model), expected)

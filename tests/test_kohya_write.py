@@ -9,14 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import load_file
-from test_plans import randomize, unchanged
+from test_plans import randomize
 from torch import Tensor, nn
 
 import loraparam as lp
-from loraparam.formats import FORMATS
-from loraparam.formats.content import content_of
 
 EPS = 2.0**-23  # the resolution of float32, which the readers add to a norm
 

@@ -271,6 +271,9 @@ def write(path: Path, content: Content, base: Base | None, *, prefix: WritePrefi
             named = next(m.owner for m in members if m.bias is not None)
             raise FormatError(f"{named!r}: diffusers has no DoRA beside a trained bias; use format='kohya'")
         for module in members:
+            part, head = names[module.owner]
             for leaf, tensor in module.tensors(r=r, dora=dora, biased=biased).items():
-                tensors[f"{names[module.owner][1]}.{leaf}"] = tensor.contiguous()
+                # Text encoders load through transformers, which passes over a magnitude without ".weight".
+                full = leaf.startswith("lora_magnitude") and part.startswith("text_encoder")
+                tensors[f"{head}.{leaf}{'.weight' if full else ''}"] = tensor.contiguous()
     write_whole(path, to_bytes(tensors, {"format": "pt", "loraparam.trained": trained(content)}))
