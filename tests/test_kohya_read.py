@@ -1,8 +1,14 @@
 """Reading kohya's, LyCORIS' and ComfyUI's files: effective weights, names, and what is refused."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from diffusion_files import CASES, Case, base_of, case
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from test_plans import unchanged
 from torch import Tensor, nn
 
@@ -75,3 +81,74 @@ def test_other_algorithms_are_refused_by_name(name: str) -> None:
     model = base_of(subject)
     with unchanged(model), pytest.raises(lp.FormatError, match=rf"'lycoris_\w+\.\w+': {REFUSED[name]}.* is not read; "):
         lp.load(model, subject.file)
+
+
+# --- any layer, rank, spelling and scale, against the formulas written out ------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kohya_read")
+
+
+SPELLINGS = (
+    ("lora_down.weight", "lora_up.weight"),
+    ("lora_A.weight", "lora_B.weight"),
+    ("lora_A", "lora_B"),
+    ("lora_A.default.weight", "lora_B.default.weight"),
+    ("lora.down.weight", "lora.up.weight"),
+    ("_lora.down.weight", "_lora.up.weight"),
+    ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+)
+SHAPES = {"linear": (6, 5), "line": (4, 3, 3), "1x1": (5, 4, 1, 1), "image": (4, 3, 2, 3), "volume": (3, 2, 1, 2, 2)}
+
+
+def named(head: str, leaf: str) -> str:
+    return head + leaf if leaf.startswith("_") else f"{head}.{leaf}"
+
+
+class Plain(nn.Module):
+    """One weight, as a Linear or a convolution of this shape has it, below two names."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        kinds: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+        layer = nn.Linear(shape[1], shape[0]) if len(shape) == 2 else kinds[len(shape)](shape[1], shape[0], shape[2:])
+        self.mid_block = nn.ModuleDict({"to_q": layer.double()})
+
+    @property
+    def weight(self) -> Tensor:
+        return self.mid_block["to_q"].weight  # type: ignore[return-value]
+
+
+@given(st.data())
+def test_a_pair_means_what_its_formula_says(folder: Path, data: st.DataObject) -> None:
+    shape = data.draw(st.sampled_from(sorted(SHAPES.values())))
+    out, in_, *kernel = shape
+    r = data.draw(st.integers(1, 7))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]))
+    ones = [1] * len(kernel)
+    tucker = bool(kernel) and data.draw(st.booleans())
+    down_end, up_end = SPELLINGS[0] if tucker else data.draw(st.sampled_from(SPELLINGS))
+    down, up = torch.randn(r, in_, *(ones if tucker else kernel)).to(dtype), torch.randn(out, r, *ones).to(dtype)
+    head = data.draw(st.sampled_from(["lora_unet_mid_block_to_q", "diffusion_model.mid_block.to_q"]))
+    file = {named(head, down_end): down, named(head, up_end): up}
+    delta = torch.einsum("or,ri...->oi...", up.double().reshape(out, r), down.double())
+    if tucker:
+        mid = file[f"{head}.lora_mid.weight"] = torch.randn(r, r, *kernel).to(dtype)
+        inner = down.double().reshape(r, in_)
+        delta = torch.einsum("mn...,om,ni->oi...", mid.double(), up.double().reshape(out, r), inner)
+    alpha = data.draw(st.none() | st.integers(0, 9))
+    if alpha is not None:
+        kind = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.float64, torch.uint8]))
+        file[f"{head}.alpha"] = torch.tensor(alpha, dtype=kind)
+    V = (model := Plain(shape)).weight.detach() + (alpha or r) / r * delta
+    axis = data.draw(st.sampled_from([None, 0, 1]))
+    if axis is not None:
+        sizes = [size if dim == axis else 1 for dim, size in enumerate(shape)]
+        m = file[f"{head}.dora_scale"] = torch.rand(sizes).to(dtype)
+        V = V * m.double() / (V.pow(2).sum([d for d in range(len(shape)) if d != axis], keepdim=True).sqrt() + 2.0**-23)
+    save_file(file, folder / "pair.safetensors")
+    lp.load(model, folder / "pair.safetensors")
+    # The factors are float32 at least, and a rank above min(out, in) is multiplied out.
+    torch.testing.assert_close(lp.merged_state_dict(model)["mid_block.to_q.weight"], V, rtol=1e-4, atol=1e-4)

@@ -129,7 +129,7 @@ def test_what_is_written_means_the_same_to_its_reader_and_when_read_back(
     model, path = adapted(layer, method, dtype), folder / "any.safetensors"
     if getattr(method, "axis", "out") == "in" and has_kernel(model):
         with pytest.raises(
-            lp.FormatError, match="'block_a.to_out.weight': a DoRA with a magnitude per input and place"
+            lp.FormatError, match=r"'block_a\.to_out\.weight': a DoRA with a magnitude per input and place"
         ):
             lp.save(model, path, format="kohya", flavor=flavor)
         return

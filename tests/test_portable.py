@@ -86,6 +86,12 @@ def test_padding_and_refactoring_keep_the_product(out: int, in_: int, r: int, mo
     assert at_most_full_rank(A, B)[0].shape[0] == min(r, out, in_)
 
 
+def test_a_pair_of_16_bits_is_not_rounded_when_it_is_refactored() -> None:
+    A, B = (torch.randn(shape).to(torch.bfloat16) for shape in ((5, 3), (2, 5)))
+    new_A, new_B = at_most_full_rank(A, B)
+    torch.testing.assert_close(new_B @ new_A, B.float() @ A.float())
+
+
 def test_the_scale_is_folded_into_B() -> None:
     item = Item("weight", lp.LoRA(r=2, alpha=3), {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(4, 2)})
     A, B = pair(item)

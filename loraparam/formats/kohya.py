@@ -47,7 +47,7 @@ _OTHER = {
     ),
     "OFT or BOFT (a rotation of the output)": ("oft_blocks", "oft_diag", "rescale"),
     "GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
-    "LyCORIS's (IA)^3": ("weight", "on_input"),
+    "LyCORIS's (IA)^3": ("on_input",),
     "a sparse bias of LyCORIS": ("bias_indices", "bias_values", "bias_size"),
 }
 REFUSED = {leaf: f"{kind} is not read; {_MERGE}" for kind, leaves in _OTHER.items() for leaf in leaves}

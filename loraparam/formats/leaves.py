@@ -91,10 +91,7 @@ def read_groups(path: Path, leaves: Leaves) -> tuple[list[Group], dict[str, str]
     with open_safetensors(path) as file:
         keys = list(file.keys())
         split = {key: leaves.split(key) for key in keys}
-        unknown = [key for key, parts in split.items() if parts is None]
-        if unknown or not keys:
-            what = f"unknown keys {listed(unknown)}" if unknown else "the file holds no tensors"
-            raise FormatError(f"{name!r}: {what}; known ends of keys: {listed(leaves.leaf_of, 12)}")
+        _check_keys(split, leaves, name)
         groups: dict[str, Group] = {}
         spelling: dict[str, str] = {}
         for key, parts in split.items():
@@ -106,7 +103,7 @@ def read_groups(path: Path, leaves: Leaves) -> tuple[list[Group], dict[str, str]
             group.keys[leaf] = key
             spelling[key] = end
         for group in groups.values():
-            _check_leaves(group, leaves, spelling)
+            _check_halves(group, spelling)
         for group in groups.values():
             group.tensors.update(
                 {leaf: _checked(group, leaf, file.get_tensor(key)) for leaf, key in group.keys.items()}
@@ -114,11 +111,18 @@ def read_groups(path: Path, leaves: Leaves) -> tuple[list[Group], dict[str, str]
         return list(groups.values()), dict(file.metadata() or {})
 
 
-def _check_leaves(group: Group, leaves: Leaves, spelling: Mapping[str, str]) -> None:
-    """A group as a whole, told from its keys alone."""
-    for leaf in group.keys:
+def _check_keys(split: Mapping[str, tuple[str, str] | None], leaves: Leaves, file: str) -> None:
+    for key, parts in split.items():
+        leaf = leaves.leaf_of[parts[1]] if parts is not None else ""
         if leaf in leaves.refused:
-            raise group.error(leaf, leaves.refused[leaf])
+            raise FormatError(f"{file!r}, {key!r}: {leaves.refused[leaf]}")
+    unknown = [key for key, parts in split.items() if parts is None]
+    if unknown or not split:
+        what = f"unknown keys {listed(unknown)}" if unknown else "the file holds no tensors"
+        raise FormatError(f"{file!r}: {what}; known ends of keys: {listed(leaves.leaf_of, 12)}")
+
+
+def _check_halves(group: Group, spelling: Mapping[str, str]) -> None:
     for half, other in (("down", "up"), ("up", "down")):
         if half in group.keys and other not in group.keys:
             pair = next(pair for pair in PAIRS if spelling[group.keys[half]] in pair)

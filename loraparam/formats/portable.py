@@ -68,8 +68,10 @@ def at_most_full_rank(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     r, in_, out = A.shape[-2], A.shape[-1], B.shape[-2]
     if r <= min(out, in_):
         return A, B
-    delta = (B.double() @ A.double()).to(A.dtype)
-    eye = torch.eye(min(out, in_), dtype=A.dtype, device=A.device).expand(*A.shape[:-2], -1, -1)
+    # As for all that is computed of a pair: a product rounded to 16 bits would be another one.
+    wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+    delta = (B.double() @ A.double()).to(wide)
+    eye = torch.eye(min(out, in_), dtype=wide, device=A.device).expand(*A.shape[:-2], -1, -1)
     return (delta, eye.contiguous()) if out <= in_ else (eye.contiguous(), delta)
 
 
