@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ..errors import FormatError, nearest
 from ..layouts import Layout
-from ..methods import Full
+from ..methods import Full, LoRA
 from ..methods.base import is_number
 from .bases import Base
 from .components import Prefix, locate
 from .content import Content, Item, relocate
 from .diffusers_write import Module, WritePrefix, heads
-from .files import open_safetensors, parse_json, write_whole
+from .files import open_safetensors, parse_json, safetensors_bytes, write_whole
 from .leaves import PAIRS, Group, Leaves, layout_for, matrices, read_groups, squeezed
 from .pairs import Implied, Pair
 from .peft_config import Config, parse
+from .peft_shapes import from_groups
 from .portable import replacements, trained, whole
 
 NAME = "diffusers"
@@ -61,7 +61,10 @@ REFUSED["dora_scale"] = "diffusers drops it; format='kohya' reads it as LyCORIS 
 MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 LEAVES = Leaves(("alpha", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", *MAGNITUDES), REFUSED, _modern)
 LEAVES.leaf_of |= {f".{leaf}": "magnitude" for leaf in MAGNITUDES}
-_ENDS = tuple({*(half for pair in PAIRS[1:] for half in pair), *(f".{leaf}" for leaf in MAGNITUDES)})
+_ENDS = (
+    *(half for pair in PAIRS[1:] for half in pair),
+    *(f".{leaf}" for leaf in (*MAGNITUDES, "lora_embedding_A", "lora_embedding_B")),
+)
 
 
 def recognises(path: Path) -> bool:
@@ -70,11 +73,13 @@ def recognises(path: Path) -> bool:
     if not path.is_file():
         return False
     with open_safetensors(path) as file:
-        return any(_is_own(key) for key in file.keys())  # noqa: SIM118 - a handle, not a dict
-
-
-def _is_own(key: str) -> bool:
-    return key.endswith((*_ENDS, ".lora_embedding_A", ".lora_embedding_B")) and not key.startswith("base_model.")
+        found = [key for key in file.keys() if key.endswith(_ENDS)]  # noqa: SIM118 - a handle, not a dict
+        peft = path.name == "adapter_model.safetensors" and HEADER not in (file.metadata() or {})
+    if found and (peft or found[0].startswith("base_model.")):
+        raise FormatError(
+            f"{str(path)!r} holds PEFT's tensors, whose scale is in 'adapter_config.json'; give the directory with both"
+        )
+    return bool(found)
 
 
 def _file(path: Path) -> Path:
@@ -192,23 +197,26 @@ class _Module:
         Args:
             name: the module's, without the part.
         """
-        A, B, layout = self._matrices()
+        A, B, layout, r = self._matrices()
         m = self.group.tensors.get("magnitude")
         if m is not None and squeezed(m.squeeze(0).shape if m.dim() > 1 else m.shape) != (B.shape[0],):
             raise self.group.error("magnitude", f"shape {tuple(m.shape)}; allowed: {(B.shape[0],)}, one per output")
         pair = Pair(A=A, B=B, alpha=self.alpha, magnitude=m)
         if self.config is not None:
             self._check_flags(self.config)
-            alpha = self.config.alpha_for(name, A.shape[0])
-            pair = replace(pair, alpha=alpha, rslora=self.config.rslora)
+            pair = replace(pair, alpha=self.config.alpha_for(name, r), rslora=self.config.rslora)
+        if r != A.shape[0]:
+            scale = LoRA(r=r, alpha=pair.alpha, rslora=pair.rslora).scale
+            pair = replace(pair, alpha=scale * A.shape[0], rslora=False)
         items = [pair.item(self.weight, layout, self.shape)]
         return [*items, self._bias(pair)] if "lora_B.bias" in self.group.keys else items
 
-    def _matrices(self) -> tuple[Tensor, Tensor, Layout]:
+    def _matrices(self) -> tuple[Tensor, Tensor, Layout, int]:
+        """The pair as matrices, their layout, and the rank that the file gives it."""
         group = self.group
         if "down" in group.keys:
-            layout = layout_for(group, self.weight, self.base)
-            return *matrices(group, self.shape, layout), layout
+            layout, r = layout_for(group, self.weight, self.base), group.tensors["down"].shape[0]
+            return *(self._grouped() or matrices(group, self.shape, layout)), layout, r
         if not {"lora_embedding_A", "lora_embedding_B"} <= set(group.keys):
             raise self.error("there is no pair of factors for it")
         A, B = group.tensors["lora_embedding_A"], group.tensors["lora_embedding_B"]
@@ -217,7 +225,19 @@ class _Module:
             raise self.error(f"{self.weight!r} is no embedding")
         if A.dim() != 2 or B.dim() != 2 or (A.shape[1], B.shape[0]) != self.shape or A.shape[0] != B.shape[1]:
             raise self.error(f"shapes {tuple(A.shape)} and {tuple(B.shape)}; {self.weight!r} has {self.shape}")
-        return A, B, layout
+        return A, B, layout, A.shape[0]
+
+    def _grouped(self) -> tuple[Tensor, Tensor] | None:
+        """The pair of a grouped convolution, which PEFT keeps as a dense one before a grouped one."""
+        A, B = self.group.tensors["down"], self.group.tensors["up"]
+        groups = A.shape[1] // self.shape[1] if A.dim() == len(self.shape) > 2 else 1
+        fits = A.shape[1:] == (groups * self.shape[1], *self.shape[2:]) and A.shape[0] == groups * B.shape[1]
+        if groups < 2 or not fits or B.shape != (self.shape[0], B.shape[1], *[1] * (A.dim() - 2)):
+            return None
+        pair = from_groups(A, B)
+        if pair is None:
+            raise self.error("the pair mixes the groups of its convolution, which no change of the weight can do")
+        return pair
 
     def _check_flags(self, config: Config) -> None:
         """What the header switches off, or on, PEFT does not load, or starts anew."""
@@ -275,5 +295,5 @@ def write(path: Path, content: Content, base: Base | None, *, prefix: WritePrefi
             for leaf, tensor in module.tensors(r=r, dora=dora, biased=biased).items():
                 # Text encoders load through transformers, which passes over a magnitude without ".weight".
                 full = leaf.startswith("lora_magnitude") and part.startswith("text_encoder")
-                tensors[f"{head}.{leaf}{'.weight' if full else ''}"] = tensor.contiguous()
-    write_whole(path, to_bytes(tensors, {"format": "pt", "loraparam.trained": trained(content)}))
+                tensors[f"{head}.{leaf}{'.weight' if full else ''}"] = tensor
+    write_whole(path, safetensors_bytes(tensors, {"format": "pt", "loraparam.trained": trained(content)}))

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
 
 from ..errors import FormatError
 
@@ -43,6 +45,18 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
         raise
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file's content; tensors that share memory, which the format refuses, are copied."""
+    seen: set[int] = set()
+    own = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        own[key] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return to_bytes(own, dict(metadata))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ..errors import FormatError, listed
@@ -22,7 +21,7 @@ from ..methods import Full
 from .bases import Base
 from .components import Prefix, component_of, locate
 from .content import Content, Item
-from .files import open_safetensors, write_whole
+from .files import open_safetensors, safetensors_bytes, write_whole
 from .kohya_write import EPS, FLAVOR, Flavor, Names, WritePrefix, Writer, check_flavor, from_comfyui
 from .leaves import Group, Leaves, alpha_of, layout_for, matrices, read_groups, squeezed
 from .pairs import Pair
@@ -223,13 +222,12 @@ def write(
         factors = {key: factor.detach().cpu() for key, factor in item.factors.items()}
         modules.setdefault(owner, {})[name] = replace(item, factors=factors)
     names = Names(modules, base, prefix)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for owner, items in modules.items():
-        for key, tensor in _module_tensors(owner, items, names, writer).items():
-            tensors[key] = tensor.contiguous()
+        tensors |= _module_tensors(owner, items, names, writer)
     r = max((tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_down.weight")), default=0)
     header = {"ss_network_module": "lycoris.kohya", "ss_network_dim": str(r), "ss_network_alpha": str(r)}
-    write_whole(path, to_bytes(tensors, {**header, FLAVOR: flavor, "loraparam.trained": trained(content)}))
+    write_whole(path, safetensors_bytes(tensors, {**header, FLAVOR: flavor, "loraparam.trained": trained(content)}))
 
 
 def _module_tensors(owner: str, items: dict[str, Item], names: Names, writer: Writer) -> dict[str, Tensor]:

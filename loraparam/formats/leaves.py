@@ -139,8 +139,10 @@ def _checked(group: Group, leaf: str, tensor: Tensor) -> Tensor:
         raise group.error(leaf, f"dtype {tensor.dtype}; allowed: a floating-point dtype")
     # Nothing computes in 8 bits.
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    if tensor.numel() == 0:
-        raise group.error(leaf, f"shape {tuple(tensor.shape)} is empty")
+    least = 2 if leaf in ("down", "mid", "up") else 0
+    if tensor.numel() == 0 or tensor.dim() < least:
+        what = "is empty" if tensor.dim() >= least else f"has fewer than {least} dims"
+        raise group.error(leaf, f"shape {tuple(tensor.shape)} {what}")
     if not bool(torch.isfinite(tensor).all()):
         raise group.error(leaf, "holds NaN or infinity; a finite tensor is needed")
     return tensor
