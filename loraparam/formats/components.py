@@ -212,11 +212,9 @@ def _roots(prefix: str, modules: Modules) -> tuple[str, ...]:
 
 def _chosen(heads: list[str], modules: Modules, prefix: Prefix, file: str) -> dict[str, str]:
     """{prefix in the file, with its separator: module path} of what the caller asks for."""
-    given: Any = {prefix: ""} if isinstance(prefix, str) else prefix
-    if not isinstance(given, Mapping) or not all(isinstance(text, str) for pair in given.items() for text in pair):
-        raise FormatError(f"prefix={prefix!r}; allowed: a string, or a mapping of the file's prefix to a module path")
+    given = {prefix: ""} if isinstance(prefix, str) else prefix
     chosen: dict[str, str] = {}
-    for name, place in given.items():
+    for name, place in as_mapping(given, "the file's prefixes to module paths").items():
         root = place.rstrip(".")
         if not modules.has(root):
             raise FormatError(
@@ -226,6 +224,13 @@ def _chosen(heads: list[str], modules: Modules, prefix: Prefix, file: str) -> di
         for start in _spelled(name, heads):
             chosen[start] = root
     return chosen
+
+
+def as_mapping(prefix: Any, what: str) -> Mapping[str, str]:
+    """A ``prefix`` of a caller's, once it is known to be a mapping of strings."""
+    if isinstance(prefix, Mapping) and all(isinstance(text, str) for pair in prefix.items() for text in pair):
+        return prefix
+    raise FormatError(f"prefix={prefix!r}; allowed: a string, or a mapping of {what}")
 
 
 def _spelled(name: str, heads: list[str]) -> list[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from ..layouts import Layout
 from ..methods import DoRA, Full, LoRA, Magnitude
 from ..methods.lowrank import LowRank
 from .bases import Base
-from .components import parts_of
+from .components import as_mapping, parts_of
 from .content import Item
 from .pairs import as_pair, dora_norm, is_read_by_attention
 from .portable import padded, pair
@@ -37,18 +36,17 @@ def heads(owners: Iterable[str], base: Base | None, prefix: WritePrefix) -> dict
     """
     owners = list(owners)
     if prefix is None:
-        given: Any = parts_of(owners, base) or {"": ""}
+        given: Mapping[str, str] = parts_of(owners, base) or {"": ""}
     else:
-        given = {"": prefix} if isinstance(prefix, str) else prefix
-    if not isinstance(given, Mapping) or not all(isinstance(text, str) for pair in given.items() for text in pair):
-        raise FormatError(f"prefix={prefix!r}; allowed: a string, or a mapping of module paths to prefixes")
+        given = as_mapping({"": prefix} if isinstance(prefix, str) else prefix, "module paths to prefixes")
+    given = {path.rstrip("."): part.rstrip(".") for path, part in given.items()}
     found = {}
     for owner in owners:
-        paths = [path.rstrip(".") for path in given if not path or f"{owner}.".startswith(f"{path.rstrip('.')}.")]
+        paths = [path for path in given if not path or f"{owner}.".startswith(f"{path}.")]
         if not paths:
             raise FormatError(f"{owner!r}: prefix={prefix!r} has no module path above it")
         path = max(paths, key=len)
-        part, rest = given[path].rstrip("."), owner[len(path) :].lstrip(".")
+        part, rest = given[path], owner[len(path) :].lstrip(".")
         if not rest:
             raise FormatError(f"{owner or 'the model'!r}: diffusers adapts modules below a part, not the part itself")
         found[owner] = (part, f"{part}.{rest}" if part else rest)

@@ -13,7 +13,7 @@ from ..errors import FormatError
 from ..functional import row_norm
 from ..methods import DoRA, Full, LoRA, Magnitude
 from .bases import Base
-from .components import parts_of
+from .components import as_mapping, parts_of
 from .content import Item
 from .pairs import as_pair, dora_norm, is_read_by_attention
 from .portable import pair
@@ -74,9 +74,7 @@ class Names:
             if "text_encoder" in chosen and (two or "text_encoder_2" in chosen):
                 chosen["text_encoder"] = "lora_te1_"
             return chosen
-        given: Any = {"": prefix} if isinstance(prefix, str) else prefix
-        if not isinstance(given, Mapping) or not all(isinstance(text, str) for pair in given.items() for text in pair):
-            raise FormatError(f"prefix={prefix!r}; allowed: a string, or a mapping of module paths to prefixes")
+        given = as_mapping({"": prefix} if isinstance(prefix, str) else prefix, "module paths to prefixes")
         return {path.rstrip("."): text if not text or text[-1] in "._" else f"{text}_" for path, text in given.items()}
 
     def _place(self, owner: str) -> tuple[str, str] | None:
