@@ -21,10 +21,11 @@ from .methods import Factors, Method
 from .methods.base import is_number
 from .plans import Plan, Row
 from .plans import plan as make_plan
+from .reading import dense_value
 from .refusals import can_dequantize
 from .sharding import is_spread, spread_factor, whole
 from .snapshots import Acting, Snapshot, undone_on_error
-from .stack import AdapterFactors, AdapterStack, dense_value
+from .stack import AdapterFactors, AdapterStack
 from .suspension import refuse_suspended
 from .targets import Targets
 

@@ -20,8 +20,9 @@ from torch import nn
 
 from .catalogue import parametrized
 from .errors import AttachError
+from .reading import read
 from .sharding import is_spread
-from .stack import AdapterStack, read
+from .stack import AdapterStack
 
 # Which modules a stack is installed on: tells whether a walked part of a model holds all of a tied group.
 _places: weakref.WeakKeyDictionary[AdapterStack, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()

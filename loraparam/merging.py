@@ -17,8 +17,9 @@ from .errors import AttachError, LoraparamError, TargetError, nearest
 from .guarded import stack_of
 from .hosts import Site, groups
 from .layouts import Layout, layout_of
+from .reading import dense_value
 from .snapshots import Acting, Snapshot, undone_on_error
-from .stack import AdapterFactors, AdapterStack, dense_value
+from .stack import AdapterFactors, AdapterStack
 from .suspension import plain, refuse_suspended
 
 

@@ -153,9 +153,7 @@ def _rules(method: Any, targets_: Targets) -> list[tuple[Pattern, Method]]:
     return rules
 
 
-def _rows(
-    match: targets.Match, method: Method, pattern: Pattern, layout: Layout | None, trial: Trial
-) -> Iterator[Row]:
+def _rows(match: targets.Match, method: Method, pattern: Pattern, layout: Layout | None, trial: Trial) -> Iterator[Row]:
     """The rows one match gives: one, or one for each slice."""
     leaf, place = match.leaf, match.place
     try:
@@ -226,9 +224,7 @@ def _readable(leaf: Leaf, place: Place, layout: Layout | None) -> Layout:
     return layout
 
 
-def _row(
-    leaf: Leaf, place: Place, part: Slice | None, method: Method, layout: Layout, rule: str, trial: Trial
-) -> Row:
+def _row(leaf: Leaf, place: Place, part: Slice | None, method: Method, layout: Layout, rule: str, trial: Trial) -> Row:
     path = place.path if part is None else f"{place.path}[{part.key}]"
     layout = layout if part is None else part.layout(layout)
     dtype = (leaf.base if leaf.base is not None else shown_value(place.module, place.name)).dtype

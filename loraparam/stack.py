@@ -18,14 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from . import operations as operations  # fills the handlers of EffectiveWeight
-from .catalogue import shown_value
-from .effective import EffectiveWeight, make, tell, watched
+from .effective import make
 from .errors import AttachError, LoraparamError
-from .execution import execution, must_be_dense
+from .execution import must_be_dense
 from .forms import Form
 from .functional import Axis, autocasts, compute_dtype
 from .layouts import Layout
-from .lists import AdaptedList
 from .methods import Factors, Method
 from .refusals import can_dequantize
 from .slices import Slice
@@ -218,7 +216,8 @@ class AdapterStack(nn.Module):
         if not steps:
             return base.clone() if self.volatile else base
         weight = make(Head(self, base, steps, self.training), base)
-        weight._base = base if self.writable else None
+        if self.writable:
+            weight._base = base
         return weight
 
     def compose(self, base: Tensor, entries: list[AdapterFactors], *, noisy: bool = False) -> Tensor:
@@ -311,43 +310,3 @@ def _extended(form: Form | None, steps: Sequence[Step]) -> Form | None:
 
 def _no_autocast(tensor: Tensor) -> Any:
     return torch.autocast(tensor.device.type, enabled=False) if autocasts(tensor) else contextlib.nullcontext()
-
-
-def read(module: nn.Module, name: str, plist: nn.Module) -> Tensor:
-    """The value of an adapted parameter, as its property yields it."""
-    try:
-        value = _evaluate(plist)
-    except AttributeError as error:
-        # Left alone it would surface as "module has no attribute 'weight'", and hasattr would say False.
-        raise RuntimeError(f"computing the effective {name!r} of {type(module).__name__} failed: {error}") from error
-    if watched():
-        # Not the module itself: an RNN keeps the last weights it read, and would keep itself alive.
-        site = (id(module), name)
-        tell(site, "read")
-        if isinstance(value, EffectiveWeight):
-            value._site = site
-        else:
-            tell(site, "merged")
-    return value
-
-
-def dense_value(module: nn.Module, name: str) -> Tensor:
-    """What reading a parameter yields, as a plain tensor, with nothing drawn or updated on the way."""
-    with execution("merged"):
-        return shown_value(module, name)
-
-
-def _evaluate(plist: nn.Module) -> Tensor:
-    """``plist()``, by a shorter way where a stack is all there is and nothing hooks into the call."""
-    first, *others = plist._modules.values()
-    original = plist._parameters.get("original")
-    direct = (
-        not others
-        and original is not None
-        and type(plist) is AdaptedList
-        and type(first) is AdapterStack
-        and not (plist._forward_pre_hooks or plist._forward_hooks or first._forward_pre_hooks or first._forward_hooks)
-        and not torch.compiler.is_compiling()
-    )
-    value: Tensor = first.forward(original) if direct else plist()  # type: ignore[union-attr]
-    return value

@@ -14,7 +14,7 @@ from ..plans import Plan
 from ..sharding import one_writes
 from ..suspension import refuse_suspended
 from ..training import parameters
-from . import native, peft
+from . import diffusers, kohya, native, peft
 from .bases import Base, ModelBase
 from .content import Content, attach_content, content_of
 

@@ -108,6 +108,7 @@ class Implied:
             if group.head in paths:
                 self._add(group, f"{paths[group.head]}.".removeprefix("."))
         self.names = list(self.shapes)
+        self.modules = sorted({"", *(name.rpartition(".")[0] for name in self.names)})
 
     def _add(self, group: Group, owner: str) -> None:
         known = group.tensors
@@ -129,6 +130,10 @@ class Implied:
 
     def module(self, path: str) -> None:
         """Unknown."""
+
+    def aliases(self, path: str) -> list[str]:
+        """Its own name: a file does not say what is tied."""
+        return [path]
 
     def tensor(self, path: str) -> Tensor:
         """Unknown."""

@@ -13,7 +13,7 @@ from ..adapters import activate
 from ..check import check
 from ..execution import execution
 from ..hosts import groups
-from ..stack import dense_value
+from ..reading import dense_value
 from ..training import named_parameters
 from .comparisons import close, identical, same
 from .references import Reference, reference
