@@ -40,6 +40,13 @@ def _refuse_module(module: nn.Module) -> None:
 
 
 def _refuse_tensor(tensor: Tensor) -> None:
+    kind = type(tensor)
+    if kind.__module__.startswith("bitsandbytes."):
+        raise AttachError(
+            f"it is bitsandbytes' {kind.__name__}: the layer's forward passes that very object, with its scales, to a "
+            "kernel, and a computed weight cannot stand in; quantize with torchao (Int8WeightOnlyConfig) instead, or "
+            "load the model unquantized"
+        )
     if is_lazy(tensor):
         raise AttachError("it is not initialised yet; run one forward of the lazy module first")
     if tensor.is_meta:

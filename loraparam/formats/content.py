@@ -25,6 +25,7 @@ from ..errors import FormatError, LoraparamError, StateError, listed, nearest
 from ..layouts import Layout
 from ..methods import Factors, Full, Method
 from ..plans import Plan, Row, Trial, row_at
+from ..refusals import can_dequantize
 from ..sharding import whole
 from ..slices import overlap
 from ..state import check_factor
@@ -186,7 +187,8 @@ def fingerprint(weight: Tensor | None) -> list[float] | None:
     """The norm of a weight and eight of its elements: tells another base, and survives a change of dtype."""
     if weight is None or weight.numel() == 0:
         return None
-    flat = whole(weight.detach()).reshape(-1)
+    weight = whole(weight.detach())
+    flat = (weight.dequantize() if can_dequantize(weight) else weight).reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, 8, dtype=torch.float64).long().to(flat.device)
     # By blocks: a float32 copy of the whole would be the largest tensor around.
     norms = [torch.linalg.vector_norm(b.float() if b.dtype.itemsize < 4 else b) for b in flat.split(1 << 22)]
