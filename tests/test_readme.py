@@ -164,6 +164,9 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+# What torch says of itself: its compiler looks at the .grad of every input, and attention has no batching rule.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet:UserWarning")
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_blocks_run_and_print_what_is_shown(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
