@@ -115,6 +115,10 @@ def test_a_checkpoint_is_a_base(tmp_path: Any) -> None:
         index.write_text(names.replace('"a.safetensors"', f'"{bad}"' if isinstance(bad, str) else str(bad)))
         with pytest.raises(lp.FormatError, match=r"names shard|weight_map"):
             FileBase(tmp_path)
+    for wrong in (names.replace("0.bias", "0.gone"), names.replace('"1.weight": "b.', '"1.weight": "a.')):
+        index.write_text(wrong)
+        with pytest.raises(lp.FormatError, match=r"its index says that '(0\.gone|1\.weight)' is in 'a\.safetensors'"):
+            FileBase(tmp_path)
     index.unlink()
     with pytest.raises(lp.FormatError, match="holds 2 safetensors files and no"):
         FileBase(tmp_path)

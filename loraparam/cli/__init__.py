@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 from .. import __version__
@@ -48,10 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.add_arguments(parser)
     args = parser.parse_args(first.arguments)
+
+    def tell(what: object, kind: str = "") -> None:
+        print(f"loraparam {first.command}: {kind}{' '.join(str(what).split())}", file=sys.stderr)
+
     try:
-        code: int = command.run(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_, **__: tell(message, "warning: ")
+            code: int = command.run(args)
     except (LoraparamError, OSError) as error:
-        print(f"loraparam {first.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        tell(error)
         return 2
     return code
 

@@ -98,8 +98,12 @@ class FileBase:
         self.shards: dict[str, Path] = {}  # {parameter: the file that holds it}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
-        for file in _files(path):
+        files, listed = _files(path)
+        for file in files:
             self._add(file)
+        for name, shard in listed.items():
+            if self.shards.get(name, path).name != shard:
+                raise FormatError(f"{str(path)!r}: its index says that {name!r} is in {shard!r}, and it is not")
         self.names = list(self.shards)
         self.modules = sorted({"", *(name[:i] for name in self.names for i, c in enumerate(name) if c == ".")})
 
@@ -141,10 +145,10 @@ class FileBase:
         return [path]
 
 
-def _files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint."""
+def _files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """The safetensors files of a checkpoint, and where its index says that tensors are."""
     if path.is_file():
-        return [path]
+        return [path], {}
     if not path.is_dir():
         raise FormatError(f"{str(path)!r} does not exist; allowed: a safetensors file, or a directory with an index")
     indexes = sorted(path.glob("*.safetensors.index.json"))
@@ -158,11 +162,11 @@ def _files(path: Path) -> list[Path]:
             f"{str(path)!r} holds {len(found)} safetensors files and no *.safetensors.index.json; allowed: one file, "
             "or shards with their index"
         )
-    return found
+    return found, {}
 
 
-def _indexed(index: Path) -> list[Path]:
-    """The shards an index names: plain file names beside it, never a path elsewhere."""
+def _indexed(index: Path) -> tuple[list[Path], dict[str, str]]:
+    """The shards an index names, and what it says: plain file names beside it, never a path elsewhere."""
     content: Any = parse_json(index.read_text(encoding="utf-8", errors="replace"), repr(str(index)))
     mapping = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
@@ -171,4 +175,4 @@ def _indexed(index: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name or "\\" in name or "\0" in name or not (index.parent / name).is_file():
             raise FormatError(f"{str(index)!r} names shard {name!r}; allowed: a file in the same directory")
-    return [index.parent / name for name in names]
+    return [index.parent / name for name in names], mapping

@@ -16,7 +16,7 @@ from ..formats.bases import Base, FileBase, ModelBase
 from ..formats.content import Content, Item, difference, refuse_misfit, refuse_other_base, refuse_overlap
 from ..formats.portable import part_of
 from ..formats.streams import DTYPES
-from ..methods import DoRA, Factors, Full, LoRA, Magnitude
+from ..methods import IA3, DoRA, Factors, Full, LoRA, Magnitude
 from ..methods.base import is_number
 from ..plans import Row
 from ..stack import AdapterFactors, Step, apply_steps
@@ -195,6 +195,7 @@ def update(weight: Tensor, targets: Sequence[Target], *, block: int = BLOCK) -> 
 _ROWS: Mapping[type, Mapping[str, int]] = {
     LoRA: {"lora_B": -2},
     DoRA: {"lora_B": -2, "magnitude": -1},
+    IA3: {"scale": -1},
     Magnitude: {"magnitude": -1},
     Full: {},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -137,14 +138,20 @@ def _act(
             check_bases(weight, [target])
         except FormatError as error:
             findings.append((target.item.path, str(error)))
-        added = float(torch.linalg.vector_norm(change(target.item, base)))
-        least = 0.0 if target.item.method.additive else NEUTRAL * float(torch.linalg.vector_norm(weight.double()))
-        if added <= least:
+        added, size = (float(torch.linalg.vector_norm(t.double())) for t in (change(target.item, base), weight))
+        additive = target.item.method.additive
+        if not additive and size == 0:
+            notes.append(f"{target.item.path}: the base is zero, which a {type(target.item.method).__name__} leaves so")
+        elif added <= (0.0 if additive else NEUTRAL * size):
             findings.append((target.item.path, "dead: it changes nothing"))
     new = update(weight.clone(), targets)
     if not bool(torch.isfinite(new).all()):
         findings.append((parameter, f"the merged weight is not finite in {str(weight.dtype).removeprefix('torch.')}"))
-    elif torch.equal(new, weight) and not any(place in (parameter, targets[0].item.path) for place, _ in findings):
+    elif (
+        torch.equal(new, weight)
+        and bool(weight.any())
+        and all(place != t.item.path for place, _ in findings for t in targets)
+    ):
         dtype = str(weight.dtype).removeprefix("torch.")
         notes.append(f"{parameter}: all of the change is below the rounding of {dtype}; merging it has no effect")
 
@@ -163,7 +170,10 @@ def _round_trip(content: Content, base: Base, format: str, findings: list[tuple[
         if format == native.NAME:
             return
         try:
-            write_content(place / "own", content, base, format=format)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                write_content(place / "own", content, base, format=format)
+            notes += dict.fromkeys(f"writing {format}: {warning.message}" for warning in said)
             back = read_content(place / "own", base, format=format)
         except LoraparamError as error:
             notes.append(f"not written back as {format}: {error}")

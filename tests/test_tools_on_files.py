@@ -1,0 +1,121 @@
+"""The tools on files that other libraries wrote: what these computed from them is what comes out."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import adapted, content
+from peft_files import DATA, MALFORMED, case
+from safetensors.torch import load_file, save_file
+from test_peft_read import READ
+from torch import Tensor
+
+import loraparam as lp
+from loraparam.cli import main
+
+
+def merged_by(folder: Path, adapter: Path, out: Path) -> dict[str, Tensor]:
+    lp.merge_files(folder / "base.safetensors", adapter, out)
+    return load_file(out)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_merging_gives_what_peft_merges(name: str, tmp_path: Path) -> None:
+    subject = case(name)
+    found = merged_by(subject.folder, subject.folder, tmp_path / "out")
+    base = load_file(subject.folder / "base.safetensors")
+    for path, value in base.items():
+        expected = subject.merged.get(path, value)
+        torch.testing.assert_close(found[path], expected, rtol=1e-5, atol=1e-6, msg=path)
+    assert set(found) == set(base)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_converting_to_the_native_format_and_back_keeps_the_weights(name: str, tmp_path: Path) -> None:
+    subject = case(name)
+    base = subject.folder / "base.safetensors"
+    lp.convert(subject.folder, tmp_path / "native", to="loraparam", base=base)
+    native = merged_by(subject.folder, tmp_path / "native", tmp_path / "merged")
+    for path, value in subject.merged.items():
+        torch.testing.assert_close(native[path], value, rtol=1e-5, atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what PEFT's own forward does with the file
+        lp.convert(tmp_path / "native", tmp_path / "peft", to="peft", base=subject.model())
+    back = merged_by(subject.folder, tmp_path / "peft", tmp_path / "again")
+    for path, value in subject.merged.items():
+        torch.testing.assert_close(back[path], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_they_verify_and_can_be_looked_into(name: str) -> None:
+    subject = case(name)
+    found = lp.verify(subject.folder / "base.safetensors", subject.folder)
+    assert found, found.findings
+    assert found.checked == len(subject.merged)
+    looked = lp.inspect_file(subject.folder, base=subject.folder / "base.safetensors")
+    assert {row.path for row in looked.rows} | set(looked.replaced) == set(subject.merged)
+
+
+RANKED = [name for name in READ if name.startswith(("lora", "dora"))]
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_resizing_in_their_own_format(name: str, tmp_path: Path) -> None:
+    subject = case(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        done = lp.resize(subject.folder, tmp_path / "same", error=1e-6, base=subject.model())
+        lp.resize(subject.folder, tmp_path / "one", rank=1, base=subject.model())
+    assert max(row.residual for row in done.rows) < 2e-6
+    found = merged_by(subject.folder, tmp_path / "same", tmp_path / "out")
+    for path, value in subject.merged.items():
+        torch.testing.assert_close(found[path], value, rtol=1e-4, atol=1e-5)
+    one = lp.inspect_file(tmp_path / "one", base=subject.model())
+    assert {row.rank for row in one.rows} <= {1, None}
+
+
+BROKEN = sorted(set(MALFORMED) - {"redos_target_modules"})  # which is harmless where no pattern of a file is run
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("command", ["inspect", "merge", "resize", "convert", "combine", "verify"])
+def test_malformed_files_are_refused_in_one_line(
+    name: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, base, out = DATA / "malformed" / name, DATA / "peft" / "lora_linear" / "base.safetensors", tmp_path / "out"
+    args: list[Any] = {
+        "inspect": [broken, "--base", base],
+        "merge": [base, broken, out],
+        "resize": [broken, out, "--rank", 1, "--base", base],
+        "convert": [broken, out, "--to", "loraparam", "--base", base],
+        "combine": [broken, out, "--base", base],
+        "verify": [base, broken],
+    }[command]
+    before = content(DATA / "malformed")
+    code = main([command, *map(str, args)])
+    printed = capsys.readouterr()
+    if command == "verify" and code == 1:
+        assert "1 found" in printed.out
+    else:
+        assert code == 2
+        assert printed.out == ""
+        assert printed.err.count("\n") == 1
+    assert content(DATA / "malformed") == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_writer_warns_of_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(4, 2)})
+    lp.save(adapted(model, {"attention": lp.LoRA(r=1)}), tmp_path / "native")
+    lp.detach(model)
+    save_file(model.state_dict(), tmp_path / "base")
+    args = ["convert", tmp_path / "native", tmp_path / "peft", "--to", "peft", "--base", tmp_path / "base"]
+    assert main([str(arg) for arg in args]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("loraparam convert: warning: 'attention.out_proj.weight': PEFT up to 0.21.2")
+    assert error.count("\n") == 1
+    found = lp.verify(model, tmp_path / "peft")
+    assert found
+    assert [note for note in found.notes if note.startswith("writing peft: 'attention.out_proj.weight': PEFT up to")]
