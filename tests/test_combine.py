@@ -17,6 +17,7 @@ from loraparam.formats import read_content
 from loraparam.formats.content import Item
 from loraparam.testing.subjects import shake
 from loraparam.tools.entrywise import dare, generator_for, ties, trimmed
+from loraparam.tools.fitting import plain
 
 counter = itertools.count()
 
@@ -26,6 +27,7 @@ ADDITIVE: dict[Any, lp.Method] = {
     "attention.in_proj_weight[q,v]": lp.LoRA(r=2),
     "attention.in_proj_weight[0:4]": lp.LoRA(r=1),
     "attention.in_proj_weight": lp.LoRA(r=2, alpha=1),
+    "attention.in_proj*weight": lp.BlockLoRA(r=2, alpha=3, blocks=(True, False, True)),
     "conv": lp.LoRA(r=4),
     "up": lp.Full(),
     "up.weight": lp.LoRA(r=1),
@@ -114,13 +116,13 @@ def test_svd_is_the_best_of_its_rank(folder: Path, rank: int | None, names: list
     lp.combine(files, place / "exact", how="cat")
     found, whole = items(place / "out"), items(place / "exact")
     for row in done.rows:
-        item = whole[row.path]
+        item = plain(whole[row.path])
         if "diff" in item.factors and row.rank is None:
             continue
         if "diff" in item.factors:
             matrix = item.layout.matrix(item.factors["diff"].double())
         else:
-            matrix = item.factors["lora_B"].double() @ item.factors["lora_A"].double()
+            matrix = item.method.scale * item.factors["lora_B"].double() @ item.factors["lora_A"].double()
         pair = found[row.path].factors
         S, norm = torch.linalg.svdvals(matrix), float(torch.linalg.vector_norm(matrix))
         k = pair["lora_A"].shape[-2]

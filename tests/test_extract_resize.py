@@ -344,6 +344,24 @@ def test_a_shortened_dora_keeps_its_lengths_and_says_so(tmp_path: Path) -> None:
     assert not torch.allclose(model.linear.weight, other.linear.weight, rtol=1e-2)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("rank", [1, 2, 3, 5])
+def test_each_block_of_a_merged_linear_is_resized(tmp_path: Path, shared: bool, rank: int) -> None:
+    method = lp.BlockLoRA(r=3, alpha=2, blocks=(True, False, True), shared=shared)
+    model = adapted(many(), {"attention.in_proj_weight": method})
+    lp.save(model, tmp_path / "old")
+    row = lp.resize(tmp_path / "old", tmp_path / "new", rank=rank).rows[0]
+    (item,) = items(tmp_path / "new").values()
+    assert (type(item.method), item.method.blocks, item.method.shared) == (lp.BlockLoRA, method.blocks, shared)
+    assert (item.method.r, row.rank) == (rank, rank)
+    old, new = (deltas(tmp_path / name)["attention.in_proj_weight"] for name in ("old", "new"))
+    matrices = [old] if shared else list(old.chunk(3))
+    best = math.sqrt(sum(float((torch.linalg.svdvals(m)[rank:] ** 2).sum()) for m in matrices))
+    assert float(torch.linalg.vector_norm(new - old)) == pytest.approx(best, rel=1e-5, abs=1e-5)
+    assert row.residual == pytest.approx(best / float(torch.linalg.vector_norm(old)), rel=1e-5, abs=1e-6)
+    lp.load(many(), tmp_path / "new")
+
+
 def test_resizing_in_place_and_over_what_is_there(tmp_path: Path) -> None:
     path = saved(tmp_path / "adapter")
     before = content(tmp_path)

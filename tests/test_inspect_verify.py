@@ -79,6 +79,16 @@ def test_full_differences_have_a_spectrum_where_they_are_small_matrices(
     assert rows["linear.weight"].norm > 0
 
 
+def test_blocks_have_the_spectrum_of_the_whole(tmp_path: Path) -> None:
+    model = adapted(many(), {"attention.in_proj_weight": lp.BlockLoRA(r=1, alpha=2, blocks=(True, False, True))})
+    lp.save(model, tmp_path / "adapter")
+    (row,) = lp.inspect_file(tmp_path / "adapter").rows
+    (item,) = read_content(tmp_path / "adapter", None).items
+    S = torch.linalg.svdvals(change(item, None))
+    assert (row.method, row.rank, row.parameters) == ("BlockLoRA", 1, 2 * 6 + 2 * 6)
+    torch.testing.assert_close(torch.tensor(row.spectrum, dtype=torch.float64), S[:2])
+
+
 def test_the_table(tmp_path: Path) -> None:
     model = nn.Linear(8, 8)
     lp.attach(model, {"weight": lp.LoRA(r=6, alpha=12), "bias": lp.Full()})

@@ -136,6 +136,16 @@ def test_blocks_of_rows_give_the_whole(method: lp.Method, layer: str, dtype: tor
         torch.testing.assert_close(found, whole, rtol=4 * eps, atol=4 * eps * float(whole.abs().max()))
 
 
+@pytest.mark.parametrize("method", [lp.LoRA(r=2), lp.DoRA(r=2), lp.BlockLoRA(r=1, blocks=(True, False))])
+def test_weights_read_flat_are_not_cut(method: lp.Method) -> None:
+    model = many()
+    lp.attach(model, method, "conv", layout=lp.Layout(rows=18))
+    shake(model)
+    weight = model.conv.parametrizations.weight.original.detach()
+    found = fitting.update(weight.clone(), fitting.fit(content_of(model, "default"), ModelBase(model)), block=7)
+    torch.testing.assert_close(found, lp.merged_state_dict(model)["conv.weight"], rtol=0, atol=0)
+
+
 def test_large_weights_do_go_through_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(nn.Linear(6, 8), {"weight": lp.DoRA(r=2)})
     base = ModelBase(model)

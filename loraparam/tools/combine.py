@@ -26,7 +26,7 @@ from ..methods.base import is_int, is_number
 from ..methods.lowrank import LowRank
 from ..slices import overlap
 from .entrywise import dare, generator_for, ties
-from .fitting import Adapters, BaseLike, base_at, change, weighted
+from .fitting import Adapters, BaseLike, base_at, change, plain, weighted
 from .reports import Change, Changes, Progress, silent
 from .spectra import Cut, cut_svd, left_out, pair_of, product_svd
 
@@ -203,6 +203,7 @@ def _combined(group: Sequence[Part], recipe: Recipe, base: Base | None) -> tuple
     if sums and len(group) == 1 and group[0].weight == 1 and type(first.method) is not LoRA:
         note = f"a {kind} that no other adapter has; kept as it is"
         return first, Change(first.path, first.shape, kind, getattr(first.method, "r", None), None, 0.0, note)
+    group = [replace(part, item=plain(part.item)) for part in group]
     if recipe.how in ("ties", "dare") or any(type(part.item.method) is not LoRA for part in group):
         return _dense(group, recipe, base)
     # Each weight and scale goes into B, and is rounded once, at the end.

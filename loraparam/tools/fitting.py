@@ -16,7 +16,7 @@ from ..formats.bases import Base, FileBase, ModelBase
 from ..formats.content import Content, Item, difference, refuse_misfit, refuse_other_base, refuse_overlap
 from ..formats.portable import part_of
 from ..formats.streams import DTYPES
-from ..methods import IA3, DoRA, Factors, Full, LoRA, Magnitude
+from ..methods import IA3, BlockLoRA, DoRA, Factors, Full, LoRA, Magnitude
 from ..methods.base import is_number
 from ..plans import Row
 from ..stack import AdapterFactors, Step, apply_steps
@@ -204,6 +204,8 @@ _ROWS: Mapping[type, Mapping[str, int]] = {
 def _row_dim(targets: Sequence[Target]) -> int | None:
     """The dim of the weight whose indices all methods treat one by one; None where there is none."""
     layouts = {target.row.layout for target in targets}
+    if any(layout.rows is not None for layout in layouts):  # read flat: its rows are those of no dim
+        return None
     methods = [target.item.method for target in targets]
     by_row = all(type(method) in _ROWS and getattr(method, "axis", "out") == "out" for method in methods)
     return next(iter(layouts)).out if by_row and len(layouts) == 1 and _whole(targets) else None
@@ -219,6 +221,15 @@ def _rows(entry: AdapterFactors, factors: Factors, start: int, length: int) -> F
         return {"diff": factors["diff"].narrow(entry.layout.out, start, length)}
     dims = _ROWS[type(entry.method)]
     return {key: f.narrow(dims[key], start, length) if key in dims else f for key, f in factors.items()}
+
+
+def plain(item: Item) -> Item:
+    """A ``BlockLoRA`` as the ``LoRA`` that does the same; any other item as it is."""
+    if not isinstance(item.method, BlockLoRA):
+        return item
+    factors = item.method.plain(item.factors)
+    r = factors["lora_A"].shape[-2]
+    return replace(item, method=LoRA(r=r, alpha=item.method.scale * r), factors=factors)
 
 
 def change(item: Item, base: Base | None) -> Tensor:

@@ -19,7 +19,7 @@ from ..formats.files import write_whole
 from ..methods import Full
 from ..methods.lowrank import LowRank
 from ..plans import table
-from .fitting import BaseLike, base_at
+from .fitting import BaseLike, base_at, plain
 from .reports import Progress, silent
 from .spectra import effective_rank, product_svd, stable_rank
 
@@ -170,6 +170,7 @@ def _look(item: Item) -> Look:
 
 def _singular_values(item: Item) -> Tensor | None:
     """Of s·B·A, or of a full difference that is a matrix and not too large; (*batch, k)."""
+    item = plain(item)
     if isinstance(item.method, LowRank):
         return abs(item.method.scale) * product_svd(item.factors["lora_A"], item.factors["lora_B"])[1]
     if not isinstance(item.method, Full):

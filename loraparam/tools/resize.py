@@ -14,7 +14,7 @@ from ..formats import detect, known_format, read_content, write_content
 from ..formats.content import Item
 from ..formats.portable import padded
 from ..formats.streams import check_free
-from ..methods import DoRA
+from ..methods import BlockLoRA, DoRA, Factors
 from ..methods.lowrank import LowRank
 from .fitting import BaseLike, base_at
 from .reports import Change, Changes, Progress, silent
@@ -92,7 +92,7 @@ def _resized(item: Item, cut: Cut) -> tuple[Item, Change]:
     kind = type(item.method).__name__
     if not isinstance(item.method, LowRank):
         return item, Change(item.path, item.shape, kind, None, None, 0.0, "has no rank; kept as it is")
-    scale, own = item.method.scale, item.factors
+    scale, own = item.method.scale, _pairs(item.method, item.factors)
     A, B = own["lora_A"].double(), own["lora_B"].double() * scale
     U, S, Vh = product_svd(A, B)
     total, r, k = float(torch.linalg.vector_norm(S)), A.shape[-2], cut.rank or 0
@@ -109,5 +109,21 @@ def _resized(item: Item, cut: Cut) -> tuple[Item, Change]:
     residual = float(torch.linalg.vector_norm(rest)) / total if total else 0.0
     moved = isinstance(item.method, DoRA) and residual > 1e-6
     note = "lengths kept; the residual is that of s·B·A, which moves directions" if moved else ""
-    factors = {**own, "lora_A": new[0], "lora_B": new[1]}
+    factors = _joined(item.method, {**own, "lora_A": new[0], "lora_B": new[1]})
     return replace(item, method=method, factors=factors), Change(item.path, item.shape, kind, k, total, residual, note)
+
+
+def _pairs(method: LowRank, factors: Factors) -> Factors:
+    """The factors as one pair, or as a stack of pairs: a ``BlockLoRA`` has one for each block."""
+    if not isinstance(method, BlockLoRA):
+        return factors
+    if method.shared:  # one A; of B, the rows of some blocks do not act
+        return method.plain(factors)
+    return {key: factor.unflatten(-2, (sum(method.blocks), -1)) for key, factor in factors.items()}
+
+
+def _joined(method: LowRank, factors: Factors) -> Factors:
+    """The inverse of ``_pairs``, at any rank."""
+    if not isinstance(method, BlockLoRA) or method.shared:
+        return factors
+    return {key: factor.flatten(-3, -2) for key, factor in factors.items()}
