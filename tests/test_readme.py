@@ -2,7 +2,8 @@
 
 Each Python block of a document is run, in order, in one namespace, in an empty folder. A ``text`` block right after a
 Python block is what that block prints (``...`` stands for anything). A Python block that cannot run is preceded by
-``<!-- not run: the reason -->``.
+``<!-- not run: the reason -->``. A ``bash`` block of ``loraparam`` commands alone is run in the same way; each must
+return 0, or the number in a comment after it: ``loraparam verify a b  # exit code 1``.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import doctest
 import inspect
 import io
 import re
+import shlex
 import sys
 import types
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from pathlib import Path
 import pytest
 
 import loraparam as lp
+from loraparam.cli import main
 from loraparam.methods import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +95,8 @@ def run(document: str, name: str) -> None:
             printed = None
             if block.language == "python" and not OPT_OUT.search(block.before):
                 printed = execute(block, module, name)
+            if block.language == "bash" and all(line.startswith("loraparam ") for line in block.text.splitlines()):
+                printed = command_lines(block, name)
     finally:
         del sys.modules[module.__name__]
         REGISTRY.clear()
@@ -104,6 +109,18 @@ def execute(block: Block, module: types.ModuleType, name: str) -> str:
     code = compile("\n" * (block.line - 1) + block.text, name, "exec")
     with contextlib.redirect_stdout(printed):
         exec(code, module.__dict__)
+    return printed.getvalue()
+
+
+def command_lines(block: Block, name: str) -> str:
+    """What a block of loraparam's own commands prints."""
+    printed = io.StringIO()
+    for number, line in enumerate(block.text.splitlines(), block.line):
+        command, _, comment = line.partition("#")
+        expected = re.search(r"exit code (\d)", comment)
+        with contextlib.redirect_stdout(printed):
+            code = main(shlex.split(command)[1:])
+        assert code == int(expected[1] if expected else 0), f"{name}:{number}: {line!r} returns {code}"
     return printed.getvalue()
 
 
@@ -214,6 +231,8 @@ def fenced(language: str, text: str) -> str:
         (fenced("python", "raise ValueError('first')"), "first"),
         (fenced("python", "x = 1") + fenced("python", "raise ValueError(f'x is {x}')"), "x is 1"),
         (fenced("python", "print(1)") + "\n" + fenced("text", "2"), r"document:6: shown:\s+2\s+printed:\s+1"),
+        (fenced("bash", "loraparam inspect nothing"), r"document:2: 'loraparam inspect nothing' returns 2"),
+        (fenced("bash", "loraparam inspect nothing  # exit code 2") + "\n" + fenced("text", "x"), "shown:\\s+x"),
         ("- item\n\n  ```python\n  raise ValueError('indented')\n  ```\n", "indented"),
     ],
 )
@@ -224,6 +243,7 @@ def test_running_sees(document, error):
 
 def test_running_allows():
     run(fenced("python", "print(1)\nprint(2.5)") + fenced("text", "1\n2...") + fenced("bash", "exit 1"), "document")
+    run(fenced("bash", "loraparam inspect nothing  # exit code 2\nloraparam inspect no  # exit code 2"), "document")
     run("<!-- not run: it takes hours -->\n" + fenced("python", "1 / 0"), "document")
     run(fenced("python", "print(1)") + "In words:\n" + fenced("text", "something else"), "document")
 
