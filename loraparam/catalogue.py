@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -108,11 +108,16 @@ def walk(module: nn.Module, path: str = "", above: frozenset[int] = frozenset())
             ]
 
 
-@functools.lru_cache(maxsize=1024)
-def _wrapped(cls: type[nn.Module]) -> str | None:
+# {class: what ``_wrapped`` says of it}; a walk asks at every module.
+_wrapping: weakref.WeakKeyDictionary[type, str | None] = weakref.WeakKeyDictionary()
+
+
+def _wrapped(cls: type) -> str | None:
     """The attribute with the module that a module of this class stands for."""
-    own = (base.__name__ for base in cls.__mro__ if base.__module__.startswith("torch."))
-    return next((_WRAPPERS[name] for name in own if name in _WRAPPERS), None)
+    if cls not in _wrapping:
+        own = (base.__name__ for base in cls.__mro__ if base.__module__.startswith("torch."))
+        _wrapping[cls] = next((_WRAPPERS[name] for name in own if name in _WRAPPERS), None)
+    return _wrapping[cls]
 
 
 def parametrized(module: nn.Module) -> dict[str, parametrize.ParametrizationList]:

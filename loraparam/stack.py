@@ -90,13 +90,9 @@ class AdapterFactors(nn.Module):
 
     def set_strength(self, strength: float | None = None, hold: int = 0) -> None:
         """Change the strength, or open (+1) or close (-1) a ``disabled`` block."""
-        before = self.acting
-        if strength is not None:
-            self.strength = strength
-        if hold:
-            self.holds += hold
-        if self.acting != before:
-            self._strength.fill_(self.acting)
+        self.strength = self.strength if strength is None else strength
+        self.holds += hold
+        self._strength.fill_(self.acting)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterFactors:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

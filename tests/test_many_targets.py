@@ -55,8 +55,8 @@ ACTIONS: dict[str, tuple[Callable[[int], nn.Module], Callable[[nn.Module], Any],
     "activate": (with_two, lambda model: lp.activate(model, {"second": 0.5}), 45),
     "activate in another order": (with_two, lambda model: lp.activate(model, {"second": 1.0, "first": 1.0}), 45),
     "disabled": (with_two, disable, 75),
-    "merge": (with_two, lp.merge, 280),
-    "detach": (with_two, lp.detach, 160),
+    "merge": (with_two, lp.merge, 400),
+    "detach": (with_two, lp.detach, 215),
 }
 
 
