@@ -52,8 +52,8 @@ def disable(model: nn.Module) -> None:
 ACTIONS: dict[str, tuple[Callable[[int], nn.Module], Callable[[nn.Module], Any], int]] = {
     "plan": (many, lambda model: lp.plan(model, lp.DoRA(r=1)), 100),
     "attach": (many, lambda model: lp.attach(model, lp.DoRA(r=1)), 450),
-    "activate": (with_two, lambda model: lp.activate(model, {"second": 0.5}), 45),
-    "activate in another order": (with_two, lambda model: lp.activate(model, {"second": 1.0, "first": 1.0}), 45),
+    "activate": (with_two, lambda model: lp.activate(model, {"second": 0.5}), 55),
+    "activate in another order": (with_two, lambda model: lp.activate(model, {"second": 1.0, "first": 1.0}), 55),
     "disabled": (with_two, disable, 75),
     "merge": (with_two, lp.merge, 400),
     "detach": (with_two, lp.detach, 215),
