@@ -48,6 +48,7 @@ FLOORS = (
     ("formats.leaves", "formats.components"),
     ("formats.pairs",),
     ("formats.kohya_write", "formats.diffusers_write"),
+    ("formats.unscaled", "formats.stacking"),
     ("formats.*",),
     ("formats",),
     ("tools.spectra", "tools.entrywise", "tools.reports", "tools.fitting"),

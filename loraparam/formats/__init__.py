@@ -14,12 +14,13 @@ from ..plans import Plan
 from ..sharding import one_writes
 from ..suspension import refuse_suspended
 from ..training import parameters
-from . import diffusers, kohya, native, peft
+from . import diffusers, kohya, loralib, loratorch, native, peft
 from .bases import Base, ModelBase
 from .content import Content, attach_content, content_of
+from .unscaled import PICKLES
 
 # Each reader and writer by name; formats/content.py says what such a module has.
-FORMATS: dict[str, Any] = {native.NAME: native, peft.NAME: peft, kohya.NAME: kohya, diffusers.NAME: diffusers}
+FORMATS: dict[str, Any] = {module.NAME: module for module in (native, peft, loralib, loratorch, kohya, diffusers)}
 
 
 def save(
@@ -39,8 +40,10 @@ def save(
         model: a model with the adapter.
         path: where to; missing folders are made.
         name: the adapter's name.
-        format: "loraparam", one safetensors file; "peft", a directory.
-        options: what the format's writer takes.
+        format: "loraparam", one safetensors file; "peft", a directory; "kohya" and "diffusers", one safetensors file;
+            "loralib" or "loratorch", what their ``lora_state_dict`` gives, as ``torch.save`` writes it, or as
+            safetensors where the name ends so.
+        options: what the format's writer takes; README, "Other tools' files", lists them.
 
     Raises:
         AttachError: there is no adapter of this name.
@@ -83,7 +86,9 @@ def load(
         check_base: refuse a DoRA or Magnitude whose base weight was another one, where the file says so.
         hints: what the format's files do not say: ``prefix``, the part of the file to load, or a map of the file's
             prefixes to module paths; for "peft" also ``adapter``, the name of one in a directory of its own, and
-            ``out_proj``, how often ("once", "twice") the delta of an attention's output projection counts.
+            ``out_proj``, how often ("once", "twice") the delta of an attention's output projection counts. loralib's
+            and LoRA-Torch's need ``alpha``, the lora_alpha of training, and for a MergedLinear ``enable_lora``, its
+            list of booleans.
 
     Returns:
         What was attached.
@@ -158,6 +163,11 @@ def detect(path: Path) -> Any:
     """The module of the format a file is in."""
     if not path.exists():
         raise FormatError(f"{str(path)!r} does not exist")
+    if path.suffix in PICKLES and path.is_file():
+        raise FormatError(
+            f"{str(path)!r} is a file of torch.save, which is opened only where its format is named: give format=, "
+            f"such as {loralib.NAME!r}; its tensors are read then, and no code is run"
+        )
     for reader in FORMATS.values():
         if reader.recognises(path):
             return reader

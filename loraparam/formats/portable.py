@@ -16,7 +16,8 @@ from torch import Tensor
 from .. import slices
 from ..errors import FormatError, LoraparamError
 from ..functional import row_norm
-from ..methods import DoRA, Full, LoRA
+from ..layouts import Layout
+from ..methods import BlockLoRA, DoRA, Full, LoRA
 from ..methods.lowrank import LowRank
 from ..slices import Slice
 from .bases import Base
@@ -76,7 +77,7 @@ def at_most_full_rank(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whole(content: Content, base: Base | None) -> list[Item]:
-    """The content's items with the slices of each parameter joined into one item for all of it.
+    """The content's items with the slices of each parameter joined into one item for all of it, in plain factors.
 
     Raises:
         FormatError: slices that one pair cannot express.
@@ -84,7 +85,23 @@ def whole(content: Content, base: Base | None) -> list[Item]:
     groups: dict[str, list[Item]] = {}
     for item in content.items:
         groups.setdefault(item.parameter, []).append(item)
-    return [group[0] if group[0].part is None else _join(group, base) for group in groups.values()]
+    return [_plain(group[0], base) if group[0].part is None else _join(group, base) for group in groups.values()]
+
+
+def _plain(item: Item, base: Base | None) -> Item:
+    """Stacked blocks as one pair, and a pair on a weight read flat as one on the matrix that others see."""
+    if isinstance(item.method, BlockLoRA):
+        factors = item.method.plain(item.factors)
+        r = factors["lora_A"].shape[-2]
+        item = replace(item, method=LoRA(r=r, alpha=item.method.scale * r), factors=factors)
+    if item.layout.rows is None or not isinstance(item.method, LoRA) or item.shape is None:
+        return item
+    A, B = pair(item)
+    layout = (base.layout(item.parameter) if base is not None else None) or Layout()
+    delta = layout.matrix(item.layout.tensor(B.double() @ A.double(), item.shape)).to(A.dtype)
+    # Of full rank, most likely: a flat kernel's rows are other rows.
+    A, B = at_most_full_rank(delta.contiguous(), torch.eye(delta.shape[0], dtype=delta.dtype, device=delta.device))
+    return replace(item, method=LoRA(r=A.shape[0]), factors={"lora_A": A, "lora_B": B}, layout=layout)
 
 
 def _join(items: list[Item], base: Base | None) -> Item:
