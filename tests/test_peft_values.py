@@ -8,7 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft_models import Tied, base_and_input, language_model
+from peft_files import Experts
+from peft_models import Tied, base_and_input, chain, in_peft, language_model
 from safetensors.torch import save_file
 from test_peft_drawn import close, saved_and_merged, trained
 from test_plans import unchanged
@@ -243,3 +244,37 @@ def test_a_grouped_convolution_comes_back_at_its_own_rank(tmp_path: Path) -> Non
     lp.save(base, tmp_path, format="peft")
     ranks = {item.path: item.method.r for item in format_peft.read(tmp_path, ModelBase(base)).items}
     assert ranks == {"two.weight": 3, "one.weight": 2}  # the common rank 6, over 2 and 3 groups
+
+
+def test_a_square_weight_of_a_checkpoint(tmp_path: Path) -> None:
+    """fan_in_fan_out is that of PEFT's last layer; other shapes of the file tell whether it can be trusted."""
+    base, _ = base_and_input("transposed")
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    checkpoint = FileBase(tmp_path / "base.safetensors")
+    for modules, match in ((["a"], None), (["a", "c"], r"for the square 'a\.weight', of a Linear or a Conv1D")):
+        saved_and_merged(trained(base, peft.LoraConfig(r=2, target_modules=modules)), tmp_path)
+        if match is None:
+            assert [item.layout.out for item in format_peft.read(tmp_path, checkpoint).items] == [0]
+            continue
+        with pytest.raises(lp.FormatError, match=match):
+            format_peft.read(tmp_path, checkpoint)
+
+
+def test_one_expert(tmp_path: Path) -> None:
+    """A stack of one: PEFT adds its delta as it is, and fails, or worse, where it is to be transposed."""
+    for transposed in (False, True):
+        base = chain(experts=Experts(1, 6, 6, is_transposed=transposed))
+        for parameter in base.parameters():
+            parameter.data.normal_()
+        model = copy.deepcopy(base)
+        lp.attach(model, lp.LoRA(r=2), "experts.*")
+        shake(model)
+        if transposed:
+            with pytest.raises(lp.FormatError, match="does not transpose the delta of a single expert"):
+                lp.save(model, tmp_path / "no", format="peft")
+            continue
+        lp.save(model, tmp_path / "yes", format="peft")
+        merged = lp.merged_state_dict(model)
+        close(in_peft(base, tmp_path / "yes").merge_and_unload().state_dict(), merged)
+        lp.load(base, tmp_path / "yes")
+        close(lp.merged_state_dict(base), merged)

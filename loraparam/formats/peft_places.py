@@ -7,6 +7,7 @@ parameter outermost.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -102,7 +103,7 @@ class Places:
         if "embedding_A" in layer.tensors or "tokens" in layer.tensors:
             layout = Layout(out=1, lookup=True)
         else:
-            layout = self._layout(parameter, out, in_)
+            layout = self._layout(layer, parameter, out, in_)
         return Spot(parameter, layout, self.shape_of(layer, parameter), layer.path)
 
     def shape_of(self, layer: Layer, parameter: str) -> tuple[int, ...] | None:
@@ -114,14 +115,33 @@ class Places:
             raise self._error(layer, f"is for {parameter!r}, which the model does not have{near}")
         return self.base.shape(parameter)
 
-    def _layout(self, parameter: str, out: int, in_: int) -> Layout:
-        layout = None
-        if self.base is not None and parameter in self.base.names:
-            layout = self.base.layout(parameter)
-            shape = self.base.shape(parameter)
-            if layout is None and shape in ((out, in_), (in_, out)) and out != in_:
-                return Layout(out=int(shape != (out, in_)))
-        return layout or Layout(out=int(self.config.fan_in_fan_out))
+    def _layout(self, layer: Layer, parameter: str, out: int, in_: int) -> Layout:
+        flag = int(self.config.fan_in_fan_out)
+        if self.base is None or parameter not in self.base.names:
+            return Layout(out=flag)
+        layout = self.base.layout(parameter)
+        if layout is not None:
+            return layout
+        ways = _ways(self.base.shape(parameter), out, in_)
+        if len(ways) == 2:
+            # PEFT saves the flag as its last layer needed it, so that a file for both kinds says either.
+            ways = {flag} | self._seen
+            if len(ways) == 2:
+                raise self._error(layer, f"is for the square {parameter!r}, of a Linear or a Conv1D: give the model")
+        return Layout(out=next(iter(ways), flag))
+
+    @functools.cached_property
+    def _seen(self) -> set[int]:
+        """The output dims of the weights, among those of a checkpoint, whose shape tells."""
+        assert self.base is not None
+        found = set()
+        for layer in self.tensors.layers.values():
+            A, B = layer.tensors.get("A"), layer.tensors.get("B")
+            path = f"{relocate(layer.path, self.prefix)}.weight"
+            if A is not None and B is not None and A.dim() == B.dim() == 2 and path in self.base.names:
+                ways = _ways(self.base.shape(path), B.shape[0], A.shape[1])
+                found |= ways if len(ways) == 1 else set()
+        return found
 
     def _targeted(self, layer: Layer, module: str, out: int, in_: int) -> Spot | None:
         """The parameter that ``target_parameters`` name, where they name one of this module."""
@@ -165,6 +185,13 @@ class Places:
 
     def _error(self, layer: Layer, what: str) -> FormatError:
         return FormatError(f"{self.tensors.place!r}: {layer.key!r} {what}")
+
+
+def _ways(shape: Sequence[int], out: int, in_: int) -> set[int]:
+    """The dims of a matrix that may be the output, for a size (out, in) of which -1 is unknown."""
+    if len(shape) != 2:
+        return {0}
+    return {i for i in (0, 1) if out in (-1, shape[i]) and in_ in (-1, shape[1 - i])}
 
 
 def _may_be_in(target: str, module: str) -> bool:

@@ -193,7 +193,8 @@ class LayerReader:
 
     def _ia3(self, owner: str, layer: Layer) -> None:
         scale = layer.tensors["ia3"]
-        spot = self.places.find(owner, layer, -1, -1)
+        rows, columns = (*scale.shape, 1, 1)[:2]
+        spot = self.places.find(owner, layer, rows if rows > 1 else -1, columns if columns > 1 else -1)
         if spot is None:
             return
         if spot.shape is None or self.base is None:

@@ -170,6 +170,8 @@ def _parameter(item: Item, shape: Sequence[int], transposed: bool) -> tuple[str,
     layout = Layout(out=1 + transposed, batch=(0,)) if len(shape) == 3 else Layout()
     if len(shape) not in (2, 3) or item.layout.batch != layout.batch:
         raise no_form(item, f"PEFT has no layer for its module, shape {tuple(shape)}")
+    if transposed and shape[0] == 1:
+        raise no_form(item, "PEFT does not transpose the delta of a single expert")
     return "parameter", layout, 1
 
 
