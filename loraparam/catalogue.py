@@ -96,7 +96,7 @@ def walk(module: nn.Module, path: str = "", above: frozenset[int] = frozenset())
         path, module, above = waiting.pop()
         if id(module) in above:
             continue
-        wrapped = _wrapped(type(module))  # type: ignore[arg-type]
+        wrapped = _wrapped(type(module))
         if wrapped is None:
             yield path, module
         if module._modules:

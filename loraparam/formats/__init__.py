@@ -43,7 +43,8 @@ def save(
         format: "loraparam", one safetensors file; "peft", a directory; "kohya" and "diffusers", one safetensors file;
             "loralib" or "loratorch", what their ``lora_state_dict`` gives, as ``torch.save`` writes it, or as
             safetensors where the name ends so.
-        options: what the format's writer takes; README, "Other tools' files", lists them.
+        options: what the format's writer takes (its module's ``write``): loralib's and LoRA-Torch's ``alpha``, the one
+            to rescale B to where targets were trained with several; kohya's ``flavor`` and ``prefix``.
 
     Raises:
         AttachError: there is no adapter of this name.
