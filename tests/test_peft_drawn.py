@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft_models import base_and_input
+from peft_models import base_and_input, chain, in_peft
 from safetensors.torch import load_file, save_file
 from test_plans import unchanged
 from torch import nn
@@ -258,3 +258,26 @@ def test_part_of_a_larger_model(tmp_path: Path) -> None:
     merged = saved_and_merged(trained(base, peft.LoraConfig(r=2, target_modules=["a"])), tmp_path)
     lp.load(whole, tmp_path, prefix={"": "first"})
     close(lp.merged_state_dict(whole["first"]), merged)
+
+
+def test_the_first_alpha_pattern_counts(tmp_path: Path) -> None:
+    """In the file's order, which is what PEFT reads again."""
+    base, _ = base_and_input("linear")
+    patterns = {".*a": 3, "[ab]": 5, "a": 7, "b": 9}
+    saved_and_merged(trained(base, peft.LoraConfig(r=2, target_modules=["a", "b"], alpha_pattern=patterns)), tmp_path)
+    merged = in_peft(base, tmp_path).merge_and_unload().state_dict()
+    assert [row.method.alpha for row in lp.load(base, tmp_path)] == [3, 5]
+    close(lp.merged_state_dict(base), merged)
+
+
+def test_ia3_by_the_end_of_a_name(tmp_path: Path) -> None:
+    """A square convolution's shape does not tell; PEFT's rule for feedforward_modules is the end of the path."""
+    base = chain(net__up=nn.Conv2d(3, 3, 2), net__down=nn.Conv2d(3, 3, 2))
+    config = peft.IA3Config(target_modules=["up", "down"], feedforward_modules=["down"])
+    merged = saved_and_merged(trained(base, config), tmp_path)
+    plan = lp.load(base, tmp_path)
+    assert {row.path: row.method.axis for row in plan if row.path.endswith("weight")} == {
+        "net.up.weight": "out",
+        "net.down.weight": "in",
+    }
+    close(lp.merged_state_dict(base), merged)

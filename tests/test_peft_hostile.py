@@ -35,6 +35,10 @@ SUBJECTS = (
     "lora_target_parameters",
     "lora_conv2d_grouped",
     "ia3_linear",
+    "loha_linear",
+    "lokr_linear",
+    "vera_linear",
+    "miss_linear",
 )
 CASES = {name: case(name) for name in SUBJECTS}
 

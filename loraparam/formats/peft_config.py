@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import FormatError, LoraparamError
 from ..methods.base import is_int, is_number
 from .peft_patterns import first_match, matches
+from .peft_products import LEAVES
 
 _NO_FORM = "merge it with PEFT (merge_and_unload), then load the merged weights or extract a LoRA from them"
 
@@ -28,7 +29,7 @@ _NOT_WEIGHTS = {
     "megatron_config": "Megatron shards the layers",
 }
 
-_USES = ("use_rslora", "use_dora", *_NOT_WEIGHTS)
+_USES = ("use_rslora", "use_dora", "use_effective_conv2d", *_NOT_WEIGHTS)
 
 # init_lora_weights that leave the base as it is; pissa and olora are reproduced from the base.
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
@@ -66,15 +67,22 @@ class Config:
     feedforward: str | tuple[str, ...] = ()
     doubles: bool = True
 
+    def rank_for(self, name: str) -> int:
+        """The rank that the config gives a module."""
+        try:
+            first = first_match(self.ranks, name)
+        except LoraparamError as error:
+            raise FormatError(f"{self.place!r}: {error}") from None
+        return int(self.r if first is None else self.ranks[first])
+
     def alpha_for(self, name: str, r: int) -> float:
         """The alpha of a module whose tensors have rank ``r``.
 
         Raises:
             FormatError: the config gives it another rank, or a pattern cannot be read.
         """
+        expected = self.rank_for(name)
         try:
-            first = first_match(self.ranks, name)
-            expected = self.r if first is None else self.ranks[first]
             own = [self.ranks[key] for key in self.ranks if matches(key, name)] if expected != r else []
             key = first_match(self.alphas, name)
             others = {alpha for k, alpha in self.alphas.items() if matches(k, name)} if own else set()
@@ -116,13 +124,14 @@ def parse(value: Any, place: str) -> Config:
     for key in value:
         if key.startswith("use_") and key not in _USES and value[key]:
             raise get.wrong(key, "not set, because this release does not know what it changes")
-    r, alpha = value.get("r", 8), value.get("lora_alpha", 8)
+    named = "alpha" if kind in ("LOHA", "LOKR") else "lora_alpha"
+    r, alpha = value.get("r", 8), value.get(named, 8)
     if not is_int(r) or r < 1:
         raise get.wrong("r", "a positive integer")
     if not is_number(alpha):
-        raise get.wrong("lora_alpha", "a finite number")
+        raise get.wrong(named, "a finite number")
     bias = get.text("bias", "none")
-    if bias not in ("none", "all", "lora_only"):
+    if bias not in ("none", "all", "lora_only", "vera_only", "MiSS_only"):
         raise get.wrong("bias", "'none', 'all', 'lora_only'")
     return Config(
         place=place,
@@ -162,9 +171,11 @@ class _Fields:
         return value
 
     def check_kind(self, kind: str) -> None:
-        if kind not in ("LORA", "DORA", "IA3"):
-            allowed = f"'LORA', 'IA3' and NVlabs' 'DORA'; as for {kind[:20]}: {_NO_FORM}"
-            raise self.wrong("peft_type", allowed)
+        if kind not in ("LORA", "DORA", "IA3", *LEAVES):
+            known = ", ".join(map(repr, ("LORA", "IA3", *LEAVES)))
+            raise self.wrong("peft_type", f"{known} and NVlabs' 'DORA'; as for {kind[:20]}: {_NO_FORM}")
+        if kind == "MISS" and self.value.get("init_weights", True) not in (True, False, "mini"):
+            raise self.wrong("init_weights", f"true, false, 'mini'; another variant is refused: {_NO_FORM}")
 
     def flag(self, key: str) -> bool:
         value = self.value.get(key)

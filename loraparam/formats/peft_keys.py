@@ -18,11 +18,12 @@ from ..adapters import check_name
 from ..errors import FormatError, LoraparamError, StateError, listed
 from ..state import check_factor
 from .files import open_safetensors
+from .peft_products import LEAVES, SHARED
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 
-LEAVES = {
+BY_LEAF = {
     "lora_A.weight": "A",
     "lora_B.weight": "B",
     "lora_B.bias": "bias",
@@ -33,6 +34,7 @@ LEAVES = {
     "weight_m_wdecomp.weight": "magnitude",  # NVlabs
     "ia3_l": "ia3",
     "token_adapter.trainable_tokens_delta": "tokens",
+    **{leaf: leaf for leaf in (*sorted({leaf for sets in LEAVES.values() for leaf in set().union(*sets)}), *SHARED)},
 }
 
 
@@ -144,7 +146,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 def _sort(found: Tensors, key: str, tensor: Any) -> None:
     inner = key.removeprefix(PREFIX)
-    for leaf, kind in LEAVES.items():
+    for leaf, kind in BY_LEAF.items():
         if inner == leaf or inner.endswith("." + leaf):
             _check(found.place, key, tensor)
             owner = inner[: -len(leaf)].removesuffix(".")

@@ -16,6 +16,7 @@ from .content import Item
 from .peft_config import Config
 from .peft_keys import Layer, Tensors
 from .peft_places import Places, Spot
+from .peft_products import LEAVES, SHARED, miss, product, rank_of, vera
 from .peft_shapes import from_experts, from_groups, rescaled_groups
 from .peft_starts import starting_pair
 from .portable import at_most_full_rank
@@ -25,6 +26,7 @@ _LEAVES = {
     "LORA": ({"A", "B"}, {"embedding_A", "embedding_B"}, {"tokens"}),
     "DORA": ({"A", "B"}, {"magnitude"}),
     "IA3": ({"ia3"},),
+    **LEAVES,
 }
 
 
@@ -56,11 +58,15 @@ class LayerReader:
 
     def read(self, owner: str, layer: Layer) -> None:
         """Add what one wrapper says."""
+        if set(layer.tensors) <= set(SHARED):
+            return
         self._check_leaves(layer)
         if "tokens" in layer.tensors:
             self._tokens(owner, layer)
         elif "ia3" in layer.tensors:
             self._ia3(owner, layer)
+        elif self.config.kind in LEAVES:
+            self._product(owner, layer)
         elif "A" in layer.tensors or "embedding_A" in layer.tensors:
             self._low_rank(owner, layer)
         else:
@@ -68,7 +74,8 @@ class LayerReader:
 
     def _check_leaves(self, layer: Layer) -> None:
         have, config = set(layer.tensors), self.config
-        core = next((leaves for leaves in _LEAVES[config.kind] if leaves & have), _LEAVES[config.kind][0])
+        near = [leaves for leaves in _LEAVES[config.kind] if leaves & have] or [_LEAVES[config.kind][0]]
+        core = next((leaves for leaves in near if leaves == have), near[0])
         low_rank = bool(core & {"A", "embedding_A"})
         optional = {"magnitude"} if config.kind == "DORA" else set()
         needed = {"magnitude"} if config.dora and low_rank else set()
@@ -216,6 +223,35 @@ class LayerReader:
         bias = spot.sibling("bias")
         if bias in self.base.names:
             self.items.append(Item(bias, IA3(), {"scale": l.clone()}, Layout(), self.base.shape(bias)))
+
+    def _product(self, owner: str, layer: Layer) -> None:
+        """LoHa and LoKr as differences, VeRA and MiSS as the LoRA they are."""
+        spot = self.places.find(owner, layer, -1, -1)
+        if spot is None:
+            return
+        if spot.shape is None:
+            raise self.error(layer, "does not say the shape of its weight; the base is needed")
+        r = rank_of(layer.tensors)
+        try:
+            if self.config.kind in ("LOHA", "LOKR"):
+                made = product(layer.tensors, spot.shape)
+                r = self.config.rank_for(spot.name) if r is None else r
+                diff = (made * (self.config.alpha_for(spot.name, r) / r)).float()
+                self._item(spot, Full(), {"diff": diff})
+                return
+            _, out, in_ = spot.layout.sizes(spot.shape)
+            shared = {
+                name: t for other in self.tensors.layers.values() for name, t in other.tensors.items() if name in SHARED
+            }
+            pair = (
+                vera(layer.tensors, shared, out, in_)
+                if self.config.kind == "VERA"
+                else miss(layer.tensors["miss_block"], out, in_)
+            )
+        except FormatError as error:
+            raise self.error(layer, f"cannot be read: {error}") from None
+        A, B = at_most_full_rank(*pair)
+        self._item(spot, LoRA(r=A.shape[0]), {"lora_A": A.contiguous(), "lora_B": B.contiguous()})
 
     def _acts_on_input(self, layer: Layer, scale: Tensor, out: int, in_: int, kernel: int) -> bool:
         """Whether IA3 rescales the input: told by the shape, (1, in) or (out, 1), where that can tell."""
