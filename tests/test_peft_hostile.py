@@ -288,6 +288,11 @@ P, FC1 = "base_model.model.", "base_model.model.net.fc1."
             r"a magnitude of shape \(9,\) beside it; allowed: \(10,\)",
         ),
         (
+            "lora_linear",
+            lambda c, t: t.update({"base_model.vera_A": torch.ones(1, 1)}),
+            r"'vera_A' belong to VeRA, not to 'LORA'",
+        ),
+        (
             "ia3_linear",
             lambda c, t: t.update({FC1 + "ia3_l": torch.ones(1, 10)}),
             r"has shape \(1, 10\); 'net\.fc1\.weight' has \(10, 6\)",
@@ -300,3 +305,20 @@ def test_contradictions(name: str, change: Any, match: str, folder: Path) -> Non
     with unchanged(model), pytest.raises(lp.FormatError, match=match) as caught:
         lp.load(model, folder)
     assert str(folder) in str(caught.value)
+
+
+def test_float8_is_read_as_what_it_holds(folder: Path) -> None:
+    """Which torch computes little with: a grouped convolution's blocks, for one, are compared."""
+    subject = CASES["lora_conv2d_grouped"]
+    path = copied(subject, folder) / WEIGHTS
+    A = torch.zeros(2, 2, 2, 2, 3, 3)
+    A[0, :, 0] = A[1, :, 1] = torch.randn(2, 2, 3, 3)
+    pair = {"A": A.reshape(4, 4, 3, 3), "B": torch.randn(6, 2, 1, 1)}
+    narrow = {f"{P}c.lora_{name}.weight": tensor.to(torch.float8_e4m3fn) for name, tensor in pair.items()}
+    save_file(narrow, path)
+    model = subject.model()
+    lp.load(model, folder)
+    A8, B8 = (tensor.float() for tensor in narrow.values())
+    B8, A8 = B8.flatten(1), A8.reshape(2, 2, 2, 2, 3, 3)[0, :, 0].flatten(1)
+    expected = subject.model().c.weight + 1.5 * (B8 @ A8).view(6, 2, 3, 3)
+    torch.testing.assert_close(lp.effective_weight(model, "c.weight"), expected)

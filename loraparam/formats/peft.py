@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import FormatError
+from ..errors import FormatError, listed
 from .bases import Base
 from .content import Content, Prefix
 from .peft_config import parse
@@ -101,6 +101,8 @@ def read(
     tensors = read_tensors(folder)
     notes = Notes.of(tensors)
     config = parse(notes.config(folder / CONFIG), str(folder / CONFIG))
+    if tensors.shared and config.kind != "VERA":
+        raise FormatError(f"{tensors.place!r}: {listed(tensors.shared)} belong to VeRA, not to {config.kind!r}")
     doubles = {"twice": True, "once": False}.get(out_proj or notes.out_proj or "", config.doubles)
     reader = LayerReader(tensors, config, base, Places(tensors, config, base, prefix), doubles, notes.bases)
     for owner, layer in tensors.layers.items():

@@ -64,6 +64,7 @@ class Tensors:
         layers: by the owner's path in the file.
         values: new values of parameters and buffers, by path.
         keys: the key of each value, for messages.
+        shared: tensors of all wrappers of a file together.
         metadata: of the header.
     """
 
@@ -71,6 +72,7 @@ class Tensors:
     layers: dict[str, Layer] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -149,6 +151,9 @@ def _sort(found: Tensors, key: str, tensor: Any) -> None:
     for leaf, kind in BY_LEAF.items():
         if inner == leaf or inner.endswith("." + leaf):
             _check(found.place, key, tensor)
+            if kind in SHARED:
+                found.shared[kind] = tensor
+                return
             owner = inner[: -len(leaf)].removesuffix(".")
             path, depth = _unwrapped(owner)
             layer = found.layers.setdefault(owner, Layer(path, depth, key))

@@ -16,7 +16,7 @@ from .content import Item
 from .peft_config import Config
 from .peft_keys import Layer, Tensors
 from .peft_places import Places, Spot
-from .peft_products import LEAVES, SHARED, miss, product, rank_of, vera
+from .peft_products import LEAVES, miss, product, rank_of, vera
 from .peft_shapes import from_experts, from_groups, rescaled_groups
 from .peft_starts import starting_pair
 from .portable import at_most_full_rank
@@ -58,8 +58,6 @@ class LayerReader:
 
     def read(self, owner: str, layer: Layer) -> None:
         """Add what one wrapper says."""
-        if set(layer.tensors) <= set(SHARED):
-            return
         self._check_leaves(layer)
         if "tokens" in layer.tensors:
             self._tokens(owner, layer)
@@ -121,7 +119,7 @@ class LayerReader:
         """The shape of the parameter that a pair is for: the base's, if it is that."""
         (r, in_, *kernel), (out, r_B, *_) = A.shape, B.shape
         groups = r // r_B if kernel else 1
-        if groups < 1 or r != groups * r_B or in_ % groups:
+        if groups < 1 or r != groups * r_B or in_ % groups or out % groups:
             raise self.error(layer, f"has rank {r}, its other half rank {r_B}")
         expected = [out, in_ // groups, *kernel] if spot.layout.out == 0 else [in_, out]
         if spot.layout.batch and spot.shape is not None:
@@ -231,26 +229,21 @@ class LayerReader:
             return
         if spot.shape is None:
             raise self.error(layer, "does not say the shape of its weight; the base is needed")
-        r = rank_of(layer.tensors)
+        _, out, in_ = spot.layout.sizes(spot.shape)
         try:
-            if self.config.kind in ("LOHA", "LOKR"):
-                made = product(layer.tensors, spot.shape)
+            if self.config.kind == "VERA":
+                A, B = vera(layer.tensors, self.tensors.shared, out, in_)
+            elif self.config.kind == "MISS":
+                A, B = miss(layer.tensors["miss_block"], out, in_)
+            else:
+                made, r = product(layer.tensors, spot.shape), rank_of(layer.tensors)
                 r = self.config.rank_for(spot.name) if r is None else r
-                diff = (made * (self.config.alpha_for(spot.name, r) / r)).float()
-                self._item(spot, Full(), {"diff": diff})
+                scale = self.config.alpha_for(spot.name, r) / r
+                self._item(spot, Full(), {"diff": (made * scale).float()})
                 return
-            _, out, in_ = spot.layout.sizes(spot.shape)
-            shared = {
-                name: t for other in self.tensors.layers.values() for name, t in other.tensors.items() if name in SHARED
-            }
-            pair = (
-                vera(layer.tensors, shared, out, in_)
-                if self.config.kind == "VERA"
-                else miss(layer.tensors["miss_block"], out, in_)
-            )
         except FormatError as error:
             raise self.error(layer, f"cannot be read: {error}") from None
-        A, B = at_most_full_rank(*pair)
+        A, B = at_most_full_rank(A, B)
         self._item(spot, LoRA(r=A.shape[0]), {"lora_A": A.contiguous(), "lora_B": B.contiguous()})
 
     def _acts_on_input(self, layer: Layer, scale: Tensor, out: int, in_: int, kernel: int) -> bool:
