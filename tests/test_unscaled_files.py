@@ -99,6 +99,11 @@ LAYERS: dict[str, tuple[str, dict[str, Any], Callable[[], nn.Module]]] = {
         {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "r": 2, "groups": 2},
         lambda: nn.Conv2d(4, 6, 3, groups=2),
     ),
+    "conv, a rank above both": (
+        "Conv2d",
+        {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "r": 7},
+        lambda: nn.Conv2d(4, 6, 3),
+    ),
 }
 ALPHA = 5
 
@@ -215,6 +220,107 @@ def test_where_a_convolution_has_its_factors(tmp_path: Path) -> None:
     lp.detach(model)
     plan = lp.load(model, tmp_path / "x.pt", format="loralib", alpha=1)
     assert len(plan) == 6
+
+
+def test_what_is_no_layer_like_loralibs(tmp_path: Path) -> None:
+    """A convolution called conv, beside other modules or parameters, has its factors on itself."""
+    with_module, with_parameter = nn.Sequential(), nn.Sequential()
+    with_module.conv, with_module.relu = nn.Conv2d(4, 6, 3), nn.ReLU()
+    with_parameter.conv = nn.Conv2d(4, 6, 3)
+    with_parameter.scale = nn.Parameter(torch.ones(()))
+    model = nn.ModuleDict({"a": with_module, "b": with_parameter})
+    lp.attach(model, lp.LoRA(r=3), nn.Conv2d, layout=lp.Layout(rows=18), exclude="scale")
+    lp.save(model, tmp_path / "x.pt", format="loralib")
+    keys = [f"{path}.conv.lora_{side}" for path in "ab" for side in "AB"]
+    assert list(torch.load(tmp_path / "x.pt", weights_only=True)) == keys
+
+
+FACTORS: dict[str, tuple[str, Callable[[], nn.Module], dict[str, lp.Method]]] = {
+    "slices with ranks of their own": (
+        "loralib",
+        lambda: nn.Linear(6, 9),
+        {"weight[1/3]": lp.LoRA(r=2, alpha=4), "weight[3/3]": lp.LoRA(r=1, alpha=3)},
+    ),
+    "slices with scales of their own": (
+        "loralib",
+        lambda: nn.Linear(6, 9),
+        {"weight[1/3]": lp.LoRA(r=2, alpha=4), "weight[3/3]": lp.LoRA(r=2, alpha=3)},
+    ),
+    "slices of other sizes": (
+        "loratorch",
+        lambda: nn.Linear(6, 9),
+        {"weight[1/9]": lp.LoRA(r=1), "weight[2:9]": lp.LoRA(r=2)},
+    ),
+    "equal slices": (
+        "loratorch",
+        lambda: nn.Linear(6, 9),
+        {"weight[3/3]": lp.LoRA(r=2, alpha=4), "weight[1/3]": lp.LoRA(r=2, alpha=4)},
+    ),
+    "blocks that share A": (
+        "loralib",
+        lambda: nn.Linear(6, 9),
+        {"weight": lp.BlockLoRA(r=2, alpha=4, blocks=(True, False, True), shared=True)},
+    ),
+    "blocks of attention": (
+        "loratorch",
+        lambda: nn.MultiheadAttention(6, 2),
+        {"in_proj_weight": lp.BlockLoRA(r=2, alpha=4, blocks=(True, False, True))},
+    ),
+    "equal slices of attention": (
+        "loratorch",
+        lambda: nn.MultiheadAttention(6, 2),
+        {"in_proj_weight[1/3]": lp.LoRA(r=2, alpha=4), "in_proj_weight[3/3]": lp.LoRA(r=2, alpha=4)},
+    ),
+    "an embedding": ("loratorch", lambda: nn.Embedding(9, 4), {"weight": lp.LoRA(r=2, alpha=4)}),
+    "an embedding of loralib's": ("loralib", lambda: nn.Embedding(9, 4), {"weight": lp.LoRA(r=2, alpha=4)}),
+}
+
+
+@pytest.mark.parametrize("case", FACTORS)
+def test_what_is_written_is_read_as_the_same_update(case: str, tmp_path: Path) -> None:
+    """However the factors have to be put together for it."""
+    name, make, methods = FACTORS[case]
+    model, other = make(), make()
+    lp.attach(model, methods)
+    shake(model)
+    lp.save(model, tmp_path / "x.pt", format=name, alpha=2)
+    other.load_state_dict(lp.base_state_dict(model))
+    plan = lp.load(other, tmp_path / "x.pt", format=name, alpha=2, enable_lora=[True, False, True])
+    path = next(iter(methods)).partition("[")[0]
+    assert_close(lp.effective_weight(other, path), lp.effective_weight(model, path))
+    assert len(plan) == (2 if case == "equal slices" else 1)
+
+
+@pytest.mark.parametrize("name", ["loralib", "loratorch"])
+def test_a_table_of_either_library_goes_into_files_of_both(name: str, tmp_path: Path) -> None:
+    """The two store an embedding's factors transposed to each other."""
+    for library in (loraparam.loralib, loraparam.loratorch):
+        model = moved(library.Embedding(9, 4, r=2, lora_alpha=3))
+        lp.save(model, tmp_path / "x.pt", format=name)
+        state = torch.load(tmp_path / "x.pt", weights_only=True)
+        sizes = {"lora_A": (2, 9), "lora_B": (4, 2)} if name == "loralib" else {"w_lora_A": (2, 4), "w_lora_B": (9, 2)}
+        assert {key: tuple(t.shape) for key, t in state.items()} == sizes
+        other = nn.Embedding(9, 4)
+        other.load_state_dict(lp.base_state_dict(model))
+        lp.load(other, tmp_path / "x.pt", format=name, alpha=3)
+        assert_close(lp.effective_weight(other, "weight"), lp.effective_weight(model, "weight"))
+
+
+def test_onto_a_layer_that_stores_its_weight_transposed(tmp_path: Path) -> None:
+    """fan_in_fan_out, also where the weight is square and does not show it."""
+    theirs = moved(loralib.Linear(5, 5, r=2, fan_in_fan_out=True))
+    torch.save(loralib.lora_state_dict(theirs), tmp_path / "x.pt")
+    layer = loraparam.loralib.Linear(5, 5, fan_in_fan_out=True)
+    layer.load_state_dict({key: value for key, value in theirs.state_dict().items() if "lora_" not in key})
+    lp.load(layer, tmp_path / "x.pt", format="loralib", alpha=1)
+    x = torch.randn(3, 5)
+    assert_close(layer(x), theirs(x))
+
+
+def test_a_fresh_pair_has_the_letters_that_are_enabled(tmp_path: Path) -> None:
+    """B is zero then, and does not show them."""
+    lp.save(loraparam.loratorch.MultiheadAttention(6, 2, ["q", "v"], r=2), tmp_path / "x.pt", format="loratorch")
+    assert list(torch.load(tmp_path / "x.pt", weights_only=True)) == ["qv_lora_A", "qv_lora_B"]
 
 
 def test_slices_of_attention_become_one_pair(tmp_path: Path) -> None:
@@ -398,6 +504,24 @@ def test_a_square_table_in_a_checkpoint_could_be_either(tmp_path: Path) -> None:
         lp.formats.loralib.read(tmp_path / "x.pt", FileBase(tmp_path / "base.safetensors"), alpha=1)
 
 
+def test_the_rank_of_a_kernels_pair(tmp_path: Path) -> None:
+    """It is r·k, with the scale alpha / r."""
+    torch.save({"lora_A": torch.ones(4, 12), "lora_B": torch.ones(18, 4)}, tmp_path / "x.pt")
+    with pytest.raises(lp.FormatError, match="4 rows of A; allowed: a multiple of the kernel's 3"):
+        lp.load(nn.Conv2d(4, 6, 3), tmp_path / "x.pt", format="loralib", alpha=1)
+
+
+def test_recognising_opens_no_pickle(tmp_path: Path) -> None:
+    """Nor takes one format for the other."""
+    for name, key in (("loralib", "0.lora_"), ("loratorch", "0.qv_lora_")):
+        state = {f"{key}{side}": torch.ones(2, 2) for side in "AB"}
+        torch.save(state, tmp_path / "x.pt")
+        save_file(state, tmp_path / "x.safetensors")
+        for format in ("loralib", "loratorch"):
+            assert not lp.formats.known_format(format).recognises(tmp_path / "x.pt")
+            assert lp.formats.known_format(format).recognises(tmp_path / "x.safetensors") == (format == name)
+
+
 UNWRITABLE: dict[str, tuple[Any, str, str, str]] = {
     "DoRA": (lp.DoRA(r=1), "0", "loralib", r"'0\.weight': DoRA; loralib holds LoRA of"),
     "a whole weight": (lp.Full(), "0.weight", "loralib", r"'0\.weight': loralib stores low-rank factors and biases"),
@@ -407,6 +531,7 @@ UNWRITABLE: dict[str, tuple[Any, str, str, str]] = {
         "loralib",
         r"'1\.weight': loralib has a kernel's factors in another",
     ),
+    "a kernel's rank": (lp.LoRA(r=2), "4", "loralib", r"'4\.weight': .* a rank that k divides"),
     "experts": (lp.LoRA(r=1), "2.stack", "loratorch", r"'2\.stack': LoRA on a stack of matrices; loratorch holds"),
     "a bare parameter": (
         lp.LoRA(r=1),
@@ -425,7 +550,9 @@ def test_what_such_files_cannot_hold(case: str, tmp_path: Path) -> None:
     method, target, name, message = UNWRITABLE[case]
     model = nn.Sequential(nn.Linear(4, 6), nn.Conv2d(4, 6, 3), nn.Module(), nn.MultiheadAttention(4, 2))
     model[2].stack, model[2].bare = nn.Parameter(torch.ones(2, 4, 3)), nn.Parameter(torch.ones(4, 3))
-    lp.attach(model, method, target)
+    if target == "4":
+        model.append(nn.Conv2d(4, 6, 3))
+    lp.attach(model, method, target, layout={"4": lp.Layout(rows=18)} if target == "4" else None)
     with pytest.raises(lp.FormatError, match=message):
         lp.save(model, tmp_path / "x.pt", format=name)
     assert not list(tmp_path.iterdir())
