@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -140,6 +141,23 @@ def ddp(folder: Path) -> None:
 @scenario
 def ddp_with_static_graph(folder: Path) -> None:
     same_factors(train(DistributedDataParallel(adapted(), static_graph=True)), alone())
+
+
+@scenario
+def trainer_under_ddp(folder: Path) -> None:
+    import test_trainer as single
+
+    here = {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "WORLD_SIZE": "2", "MASTER_ADDR": "-"}
+    folder = folder / "trainer"
+    with mock.patch.dict(os.environ, here):
+        model, resumed = single.adapted(), single.adapted()
+        single.trainer(model, folder, ddp_backend="gloo").train()
+        again = single.trainer(resumed, folder, ddp_backend="gloo")
+        again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert isinstance(again.model_wrapped, DistributedDataParallel)
+    assert_close(single.trained_state(resumed), single.trained_state(model), **EXACT)
+    lp.load(loaded := single.llama(), folder / "checkpoint-4" / "adapters" / "default.safetensors")
+    assert_close(lp.state_dict(loaded), lp.state_dict(model), **EXACT)
 
 
 # --- FSDP2 ------------------------------------------------------------------------------------------------------

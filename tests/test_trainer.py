@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,6 +68,22 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+@contextlib.contextmanager
+def warnings_of_transformers() -> Iterator[list[str]]:
+    """Collects what it logs as warnings; its loggers do not pass records on."""
+    collected: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: collected.append(record.getMessage())
+    logger, level = logging.getLogger("transformers"), transformers.logging.get_verbosity()
+    logger.addHandler(handler)
+    transformers.logging.set_verbosity_warning()
+    try:
+        yield collected
+    finally:
+        transformers.logging.set_verbosity(level)
+        logger.removeHandler(handler)
+
+
 # --- Trainer ----------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +120,9 @@ def test_resumed_training_ends_where_uninterrupted_training_does(tmp_path: Path,
     trainer(first, folder, **options).train()
     for file in (folder / "checkpoint-4").rglob("*"):
         file.unlink(missing_ok=True) if file.is_file() else None
-    trainer(second, folder, **options).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    with warnings_of_transformers() as warned:
+        trainer(second, folder, **options).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert warned == []
     assert_close(trained_state(second), trained_state(whole), **EXACT)
     assert not any(torch.equal(start[name], value) for name, value in trained_state(whole).items())
 

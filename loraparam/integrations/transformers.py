@@ -48,11 +48,19 @@ class AdapterCheckpoints(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._written: Path | None = None
+        self._hook: Any = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
+        """Expect checkpoints without the frozen base: the Trainer would warn of each of its keys."""
+        if self._hook is None:
+            self._hook = model.register_load_state_dict_post_hook(_expect_no_base)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
         """Take over ``save_pretrained`` of the model, for the folders that this training writes."""
         if not adapters(model):
             raise AttachError("nothing is attached to this model; lp.attach before training, or leave the callback out")
+
+        self.on_init_end(args, state, control, model=model)
 
         # It keeps no model alive: whatever ends the training, the model goes with its last reference.
         def saver(model: nn.Module, folder: Any, *, state_dict: Any = None, **options: Any) -> bool:
@@ -73,8 +81,15 @@ class AdapterCheckpoints(TrainerCallback):  # type: ignore[misc]
         self._written = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **kwargs: Any) -> None:
-        """Give ``save_pretrained`` back."""
+        """Give ``save_pretrained`` back, and expect whole checkpoints."""
         SAVERS.pop(_pretrained(model), None)
+        self._hook.remove()
+        self._hook = None
+
+
+def _expect_no_base(model: nn.Module, incompatible: Any) -> None:
+    if set(incompatible.missing_keys) == _frozen(model):
+        incompatible.missing_keys.clear()
 
 
 def _pretrained(model: nn.Module) -> nn.Module:
