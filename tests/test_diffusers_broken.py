@@ -128,6 +128,12 @@ REFUSALS: dict[str, tuple[dict[str, Tensor | None], dict[str, Any], dict[str, An
         {},
         r"not valid JSON",
     ),
+    "an alpha beyond float32": (
+        {},
+        {"unet.r": 1, "unet.lora_alpha": 1e300},
+        {},
+        r"lora_A.weight': the scale 1e\+300 makes",
+    ),
     "a pattern that runs for ever": ({}, {"unet.r": 1, "unet.alpha_pattern": {"(.*)*(.*)*!": 2}}, {}, r"pattern"),
     "a DoRA without magnitude": (
         {},

@@ -34,6 +34,10 @@ BROKEN: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "complex": ({DOWN: torch.ones(1, 4, dtype=torch.complex64)}, r"dtype torch.complex64"),
     "alpha NaN": ({f"{HEAD}.alpha": NAN}, r"alpha': nan; allowed: a finite number"),
     "alpha infinite": ({f"{HEAD}.alpha": INF}, r"alpha': inf; allowed: a finite number"),
+    "alpha beyond float32": (
+        {f"{HEAD}.alpha": torch.tensor(1e300, dtype=torch.float64)},
+        r"alpha': the scale 1e\+300 makes",
+    ),
     "alphas": (
         {f"{HEAD}.alpha": torch.ones(2)},
         r"alpha': shape \(2,\), dtype torch.float32; allowed: one real number",

@@ -208,7 +208,7 @@ class _Module:
         if r != A.shape[0]:
             scale = LoRA(r=r, alpha=pair.alpha, rslora=pair.rslora).scale
             pair = replace(pair, alpha=scale * A.shape[0], rslora=False)
-        items = [pair.item(self.weight, layout, self.shape)]
+        items = [pair.checked(self.group).item(self.weight, layout, self.shape)]
         return [*items, self._bias(pair)] if "lora_B.bias" in self.group.keys else items
 
     def _matrices(self) -> tuple[Tensor, Tensor, Layout, int]:

@@ -150,7 +150,7 @@ def _difference(group: Group, leaf: str, path: str, base: Base) -> Item:
 def _low_rank(group: Group, path: str, base: Base, flavor: Flavor) -> Item:
     shape, layout = base.shape(path), layout_for(group, path, base)
     A, B = matrices(group, shape, layout)
-    pair = Pair(A=A, B=B, alpha=alpha_of(group))
+    pair = Pair(A=A, B=B, alpha=alpha_of(group)).checked(group)
     if "dora_scale" not in group.keys:
         return pair.item(path, layout, shape)
     item = _dora(group, pair, path, layout, shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
@@ -40,6 +41,13 @@ class Pair:
     def scale(self) -> float:
         """s."""
         return LoRA(r=self.A.shape[0], alpha=self.alpha, rslora=self.rslora).scale
+
+    def checked(self, group: Group) -> Pair:
+        """The pair, once s·B is known to be finite, which folding and merging rely on."""
+        if not float(self.B.abs().max()) * abs(self.scale) <= torch.finfo(torch.float32).max:
+            key = "alpha" if "alpha" in group.keys else next(iter(group.keys))
+            raise group.error(key, f"the scale {self.scale:g} makes s·B infinite")
+        return self
 
     def item(self, path: str, layout: Layout, shape: tuple[int, ...]) -> Item:
         """As an item, at rank ≤ min(out, in) and without components that only pad it."""
