@@ -264,7 +264,7 @@ def test_help_names_every_command_and_its_arguments(capsys):
         main(["--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"  {name}  {line}\n" in text for name, line in COMMANDS.items())
+    assert all(f"  {name:<{max(map(len, COMMANDS))}}  {line}\n" in text for name, line in COMMANDS.items())
     with pytest.raises(SystemExit):
         main(["demo", "--help"])
     text = capsys.readouterr().out

@@ -20,7 +20,7 @@ from .content import Content, attach_content, content_of
 from .unscaled import PICKLES
 
 # Each reader and writer by name; formats/content.py says what such a module has.
-FORMATS: dict[str, Any] = {module.NAME: module for module in (native, peft, loralib, loratorch, kohya, diffusers)}
+FORMATS: dict[str, Any] = {module.NAME: module for module in (native, peft, kohya, loralib, loratorch, diffusers)}
 
 
 def save(

@@ -78,7 +78,8 @@ def parsed(
         raise FormatError(f"{source!r}: the base is needed: the file does not say what its layers are")
     if alpha is None or not is_number(alpha):
         raise FormatError(
-            f"{source!r} holds no scale, and alpha={alpha!r}; give alpha=, the lora_alpha it was trained with"
+            f"{source!r} holds no scale, and alpha={alpha!r}; give alpha=, the lora_alpha it was trained with, or "
+            "format='diffusers' for a file with B scaled already"
         )
     halves: dict[tuple[str, str], dict[str, Tensor]] = {}
     biases: dict[str, Tensor] = {}
