@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_readme import blocks
 from torch.testing import assert_close
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
