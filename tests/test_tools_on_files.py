@@ -32,7 +32,24 @@ def test_merging_gives_what_peft_merges(name: str, tmp_path: Path) -> None:
     assert set(found) == set(base)
 
 
-@pytest.mark.parametrize("name", READ)
+# What these products add is read as a difference, which PEFT keeps only beside a LoRA.
+DIFFERENCES = ("loha_linear", "lokr_linear")
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_products_become_differences_that_peft_has_no_place_for(name: str, tmp_path: Path) -> None:
+    subject = case(name)
+    base = subject.folder / "base.safetensors"
+    lp.convert(subject.folder, tmp_path / "native", to="loraparam", base=base)
+    native = merged_by(subject.folder, tmp_path / "native", tmp_path / "merged")
+    for path, value in subject.merged.items():
+        torch.testing.assert_close(native[path], value, rtol=1e-5, atol=1e-6)
+    with pytest.raises(lp.FormatError, match="adapts no layer: PEFT needs at least one LoRA"):
+        lp.convert(tmp_path / "native", tmp_path / "peft", to="peft", base=subject.model())
+    assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in READ if name not in DIFFERENCES])
 def test_converting_to_the_native_format_and_back_keeps_the_weights(name: str, tmp_path: Path) -> None:
     subject = case(name)
     base = subject.folder / "base.safetensors"
