@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "attention",
         {"target_modules": ["attn", "head"], "rank_pattern": {"attn": 3, "out_proj": 4}, "alpha_pattern": {"attn": 5}},
     ),
+    "an attention's rank above its size": ("attention", {"target_modules": ["attn"], "rank_pattern": {"attn": 12}}),
     "weights as parameters": ("linear", {"target_parameters": ["a.weight", "b.weight"]}),
     "an embedding as parameter": ("embedding", {"target_parameters": ["tokens.weight"]}),
     "(in, out) as parameter": ("transposed", {"target_parameters": ["c.weight"]}),
@@ -115,6 +116,25 @@ def test_a_resized_vocabulary(tmp_path: Path) -> None:
         "model.embed_tokens.weight": "Full",
         "lm_head.weight": "Full",
     }
+    close(lp.merged_state_dict(base), merged)
+
+
+@pytest.mark.parametrize(
+    ("settings", "whole"),
+    [
+        ({}, set()),
+        ({"trainable_token_indices": [1, 5]}, {"model.embed_tokens.weight"}),
+        ({"modules_to_save": ["lm_head"]}, {"lm_head.weight"}),
+    ],
+)
+def test_embeddings_saved_on_request(settings: dict[str, Any], whole: set[str], tmp_path: Path) -> None:
+    """Under three spellings of their keys; those that did not change are no part of the adapter."""
+    base, _ = base_and_input("Llama")
+    model = trained(base, peft.LoraConfig(r=2, target_modules=["q_proj"], **CAUSAL, **settings))
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    merged = model.merge_and_unload().state_dict()
+    plan = lp.load(base, tmp_path)
+    assert {row.path for row in plan if type(row.method) is lp.Full} == whole
     close(lp.merged_state_dict(base), merged)
 
 

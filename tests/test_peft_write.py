@@ -135,6 +135,42 @@ def test_few_rows_of_an_embedding_are_trainable_tokens(tmp_path: Path) -> None:
     close(lp.merged_state_dict(base), merged)
 
 
+def test_a_whole_embedding_is_a_module_to_save(tmp_path: Path) -> None:
+    _, model, _ = adapted(*WRITTEN["whole embedding"])
+    lp.save(model, tmp_path, format="peft")
+    assert config_of(tmp_path)["modules_to_save"] == ["tokens"]
+
+
+@pytest.mark.parametrize("layout", [lp.Layout(out=1), lp.Layout()])
+@pytest.mark.parametrize("name", ["linear", "transposed"])
+def test_a_weight_read_the_other_way(name: str, layout: lp.Layout, tmp_path: Path) -> None:
+    """(B·A)ᵀ is a pair as well; the norms of a DoRA are others."""
+    base, _ = base_and_input(name)
+    model = copy.deepcopy(base)
+    lp.attach(model, LORA, "a", layout=layout)
+    shake(model)
+    lp.save(model, tmp_path, format="peft")
+    close(in_peft(base, tmp_path).merge_and_unload().state_dict(), lp.merged_state_dict(model))
+    lp.detach(model)
+    lp.attach(model, DORA, "a", layout=layout)
+    if layout.out:
+        with pytest.raises(lp.FormatError, match="DoRA has no form in PEFT"):
+            lp.save(model, tmp_path / "dora", format="peft")
+    else:
+        lp.save(model, tmp_path / "dora", format="peft")
+
+
+@pytest.mark.parametrize("methods", [{"a": DORA}, {"a": LORA, "b": DORA}])
+def test_a_row_of_zeros_has_no_dora_in_peft(methods: Targets, tmp_path: Path) -> None:
+    """Ours leaves it at zero; PEFT divides by its length."""
+    model, _ = base_and_input("linear")
+    with torch.no_grad():
+        model.a.weight[0] = 0
+    lp.attach(model, methods)
+    with pytest.raises(lp.FormatError, match=r"'a\.weight': .*a row of zeros, of which PEFT's DoRA makes NaN"):
+        lp.save(model, tmp_path, format="peft")
+
+
 # --- (IA)³ ------------------------------------------------------------------------------------------------------
 
 

@@ -55,8 +55,10 @@ class Values:
             raise self._error(path, f"{size} (was the vocabulary resized? resize the model's embeddings first)")
         elif self._is_saved(path) and len(self.base.aliases(place)) > 1:
             raise self._error(path, f"is for {place!r} alone, which is tied in this model; give each a copy first")
-        elif not value.is_floating_point() and torch.equal(value, self.base.tensor(place)):
-            return True
+        elif not (value.is_floating_point() and (name == "bias" or self._is_saved(path))) and torch.equal(
+            value, self.base.tensor(place).to(value.dtype)
+        ):
+            return True  # an embedding that PEFT saved as it is
         try:
             check_factor(self.tensors.keys[path], value, value.shape, torch.float64)
         except StateError as error:
@@ -137,9 +139,6 @@ class Values:
                 raise FormatError(
                     f"{self.tensors.place!r} gives {item.path!r} a value and an adapter; the base is needed to join"
                 )
-            elif torch.equal(value, self.base.tensor(item.path).to(value)):
-                del self.replaced[item.path]  # a saved embedding that is the base's own
-                kept.append(item)
             else:
                 wide = value.double()
                 factors = {key: factor.double() for key, factor in item.factors.items()}
