@@ -221,6 +221,15 @@ def test_density_one_is_the_sum_for_dare_and_the_result_can_be_low_rank(tmp_path
     assert other.rows[0].norm != full.rows[0].norm
 
 
+def test_targets_of_one_shape_are_dropped_from_apart(tmp_path: Path) -> None:
+    targets = {"attention.in_proj_weight[q]": lp.Full(), "attention.in_proj_weight[k]": lp.Full()}
+    _, (a,) = several(tmp_path, [targets])
+    lp.combine([a], tmp_path / "out", how="dare", density=0.5)
+    kept = [item.factors["diff"] != 0 for item in items(tmp_path / "out").values()]
+    assert [int(mask.sum()) for mask in kept] != [36, 36]
+    assert not torch.equal(*kept)
+
+
 # --- methods that depend on the base --------------------------------------------------------------------------------
 
 
@@ -239,6 +248,7 @@ def test_a_dora_adds_what_it_adds_to_this_base(tmp_path: Path, how: Any) -> None
     assert content(tmp_path) == before
     options = {"rank": 6} if how == "svd" else {}
     lp.combine({a: 1.0, tmp_path / "dora": 0.5}, tmp_path / "out", how=how, base=base, **options)
+    assert {item.fingerprint for item in items(tmp_path / "out").values()} == {None}  # a sum goes onto any base
     one, other = differences(model, {"a0": 1.0}), differences(doras, {"default": 0.5})
     for name, delta in added(tmp_path / "out").items():
         torch.testing.assert_close(delta, one[name] + other[name], rtol=1e-5, atol=2e-6)

@@ -84,6 +84,15 @@ def test_a_cut_keeps_as_little_as_it_may_and_what_is_kept_is_the_best(matrix: Te
         assert fewer > allowed * total * (1 - 1e-9)
 
 
+@given(matrix=st.builds(randn, sizes, sizes, sizes), block=st.integers(1, 40))
+def test_what_is_left_out_is_summed_over_blocks(matrix: Tensor, block: int) -> None:
+    A, B = randn(matrix.shape[0], 2, matrix.shape[2]), randn(matrix.shape[0], matrix.shape[1], 2)
+    expected = float(torch.linalg.vector_norm(matrix - B @ A) / torch.linalg.vector_norm(matrix))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spectra, "BLOCK", block)
+        assert spectra.left_out(matrix, A, B) == pytest.approx(expected)
+
+
 def decaying(out: int, in_: int, decay: float) -> Tensor:
     U, V = (torch.linalg.qr(randn(n, min(out, in_), seed=n))[0] for n in (out, in_))
     return (U * decay ** torch.arange(min(out, in_), dtype=torch.float64)) @ V.mT

@@ -20,6 +20,7 @@ from torch import nn
 import loraparam as lp
 from loraparam import formats
 from loraparam.formats import native, read_content
+from loraparam.formats.content import Content, Item
 from loraparam.tools import inspect
 from loraparam.tools.fitting import base_at, change
 
@@ -209,6 +210,24 @@ def test_files_that_cannot_be_read_are_found(place: Path) -> None:
         lp.verify(place / "base", place / "nothing")
     with pytest.raises(lp.FormatError, match="does not exist"):
         lp.verify(place / "nothing", place / "adapter")
+
+
+def test_overlapping_slices_are_found(place: Path) -> None:
+    parts = [
+        Item(f"linear.weight[{rows}]", lp.LoRA(r=1), {"lora_A": torch.ones(1, 6), "lora_B": torch.ones(4, 1)})
+        for rows in ("0:4", "2:6")
+    ]
+    native.write(place / "overlapping", Content("test", tuple(parts)), None)
+    found = lp.verify(place / "base", place / "overlapping")
+    assert len(found.findings) == 1
+    assert "'linear.weight[0:4]' and 'linear.weight[2:6]' are one parameter" in found.findings[0][1]
+
+
+def test_a_zero_base_is_no_fault_of_what_scales_it(tmp_path: Path) -> None:
+    targets = {"attention.in_proj_weight": lp.IA3(), "attention.in_proj_bias": lp.IA3()}
+    found = lp.verify(many(), faulty(tmp_path, targets, 2.0))
+    assert found, found.findings
+    assert found.notes == ("attention.in_proj_bias: the base is zero, which IA3 leaves zero",)
 
 
 def test_a_change_below_rounding_is_noted(tmp_path: Path) -> None:

@@ -136,6 +136,25 @@ def test_blocks_of_rows_give_the_whole(method: lp.Method, layer: str, dtype: tor
         torch.testing.assert_close(found, whole, rtol=4 * eps, atol=4 * eps * float(whole.abs().max()))
 
 
+def test_factors_of_another_dtype_are_taken_as_load_takes_them(tmp_path: Path) -> None:
+    lp.save(adapted(many(torch.float64)), tmp_path / "adapter")
+    model = many()
+    base = save_checkpoint(model.state_dict(), tmp_path / "base")
+    lp.merge_files(base, tmp_path / "adapter", tmp_path / "out")
+    lp.load(model, tmp_path / "adapter")
+    lp.merge(model)
+    assert_same(read(tmp_path / "out"), model.state_dict())
+
+
+def test_slices_are_not_cut() -> None:
+    model = adapted(many(), {"attention.in_proj_weight[k,v]": lp.LoRA(r=2), "experts.gate[1]": lp.DoRA(r=2)})
+    targets = fitting.by_parameter(fitting.fit(content_of(model, "default"), ModelBase(model)))
+    for path, own in targets.items():
+        weight = ModelBase(model).tensor(path)
+        found = fitting.update(weight.clone(), own, block=7)
+        torch.testing.assert_close(found, lp.merged_state_dict(model)[path], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("method", [lp.LoRA(r=2), lp.DoRA(r=2), lp.BlockLoRA(r=1, blocks=(True, False))])
 def test_weights_read_flat_are_not_cut(method: lp.Method) -> None:
     model = many()
@@ -163,12 +182,14 @@ def test_large_weights_do_go_through_in_blocks(monkeypatch: pytest.MonkeyPatch) 
 
 def test_twins_are_named(tmp_path: Path) -> None:
     weight = torch.randn(40, 16)
-    state = {"embed.weight": weight, "head.weight": weight.clone(), "near.weight": weight.clone()}
-    state["near.weight"][-1, -1] += 1
-    model = nn.ModuleDict({name: nn.Linear(16, 40, bias=False) for name in ("embed", "head", "near")})
+    other = torch.randn(200, 16)
+    state = {"embed.weight": weight, "head.weight": weight.clone(), "one.weight": other, "near.weight": other.clone()}
+    state["near.weight"][-1, -1] += 1  # beyond the bytes that are looked at first
+    sizes = {"embed": 40, "head": 40, "one": 200, "near": 200}
+    model = nn.ModuleDict({name: nn.Linear(16, size, bias=False) for name, size in sizes.items()})
     base = save_checkpoint(state, tmp_path / "base")
-    model.load_state_dict({k: v for k, v in state.items() if k in model.state_dict()})
-    adapted(model, {"head": lp.LoRA(r=1)})
+    model.load_state_dict(state)
+    adapted(model, {"head": lp.LoRA(r=1), "one": lp.LoRA(r=1)})
     lp.save(model, tmp_path / "adapter")
     done = lp.merge_files(base, tmp_path / "adapter", tmp_path / "out")
     assert done.twins == {"head.weight": ("embed.weight",)}

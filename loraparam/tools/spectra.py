@@ -18,6 +18,7 @@ from ..methods.base import is_int, is_number
 
 EXACT = 512  # up to this many rows or columns an exact decomposition is quick
 OVERSAMPLING, POWER_ITERATIONS = 10, 4
+BLOCK = 1 << 22  # elements of a product that are there at a time
 SVD = tuple[Tensor, Tensor, Tensor]  # U (*batch, out, k), S (*batch, k) descending, Vh (*batch, k, in)
 
 
@@ -166,7 +167,7 @@ def pair_of(svd: SVD, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def left_out(matrix: Tensor, A: Tensor, B: Tensor) -> float:
     """‖M − B·A‖ / ‖M‖ in the Frobenius norm; 0 for a zero matrix."""
     rest, total = 0.0, float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
-    rows = max(1, (1 << 22) // max(1, matrix.shape[-1] * math.prod(matrix.shape[:-2])))
+    rows = max(1, BLOCK // max(1, matrix.shape[-1] * math.prod(matrix.shape[:-2])))
     for start in range(0, matrix.shape[-2], rows):  # in blocks of rows, so that B·A is never there as a whole
         block = matrix[..., start : start + rows, :].double() - B[..., start : start + rows, :].double() @ A.double()
         rest = math.hypot(rest, float(torch.linalg.vector_norm(block)))

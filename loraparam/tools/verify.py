@@ -141,7 +141,7 @@ def _act(
         added, size = (float(torch.linalg.vector_norm(t.double())) for t in (change(target.item, base), weight))
         additive = target.item.method.additive
         if not additive and size == 0:
-            notes.append(f"{target.item.path}: the base is zero, which a {type(target.item.method).__name__} leaves so")
+            notes.append(f"{target.item.path}: the base is zero, which {type(target.item.method).__name__} leaves zero")
         elif added <= (0.0 if additive else NEUTRAL * size):
             findings.append((target.item.path, "dead: it changes nothing"))
     new = update(weight.clone(), targets)
