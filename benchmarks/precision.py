@@ -101,11 +101,19 @@ def _merged_error(case: Case, library: Library) -> float:
 
 
 def drift(case: Case, library: Library, dtype: torch.dtype, cycles: int) -> float:
-    """How far the base is from itself after merging and taking out again, or toggling, relative to its size."""
+    """How far the base is from itself after merging and taking out again, or toggling, relative to its size.
+
+    The factors change in between, as they do in training: what rounds the same way each time would stop drifting.
+    """
     base, factors = _start(case, dtype)
     model = _filled(case, library, base, factors)
+    grown = [(p, p.detach().clone()) for name, p in model.named_parameters() if "lora_" in name]
+    draw = torch.Generator().manual_seed(0)
     before = base[0].weight.detach().clone()  # type: ignore[index]
     for _ in range(cycles):
+        with torch.no_grad():
+            for factor, first in grown:
+                factor.copy_(first * float(0.5 + torch.rand((), generator=draw)))
         cycle(model, library)
     return float((_base(model) - before).double().norm() / before.double().norm())
 
