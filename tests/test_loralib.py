@@ -471,6 +471,7 @@ def test_assigning_and_resetting_factors() -> None:
         (lambda: lora.MergedLinear(4, 6, r=1, enable_lora=[1, 0, 1]), "allowed: a list of booleans"),
         (lambda: lora.Conv2d(4, 6, (3, 3), r=1), r"kernel_size=\(3, 3\); allowed: an integer.*lp\.attach"),
         (lambda: lora.Embedding(4, 6, r=1, sparse=True), "sparse"),
+        (lambda: lora.Linear(4, 6, r=1, device="meta"), "on the meta device and has no values"),
         (lambda: lora.Linear(4, 6, r=1, lora_dropout=1.0), "dropout=1.0; allowed: 0 <= dropout < 1"),
     ],
 )
