@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 from peft_models import base_and_input
 from test_peft_drawn import TARGETS, close, saved_and_merged, trained
@@ -22,7 +22,13 @@ def same_as_peft(name: str, config: Any) -> list[str]:
     base, _ = base_and_input(name)
     model = trained(base, config)
     with tempfile.TemporaryDirectory() as folder:
-        merged = saved_and_merged(model, Path(folder))
+        try:
+            merged = saved_and_merged(model, Path(folder))
+        except RuntimeError as error:
+            if "view size is not compatible" not in str(error):
+                raise
+            lp.load(base, folder)
+            reject()  # PEFT fails to merge what it trained: torch.kron of some strides
         plan = lp.load(base, folder)
     close(lp.merged_state_dict(base), merged)
     return [type(row.method).__name__ for row in plan if row.path.partition(".")[0] in TARGETS[name][0]]
@@ -86,3 +92,12 @@ def test_sizes_are_checked_before_anything_is_multiplied() -> None:
     ):
         with pytest.raises(lp.FormatError, match=r"are not for shape \(4, 6\)"):
             product(tensors, (4, 6))
+
+
+def test_products_of_kronecker_by_hand() -> None:
+    """A kernel rebuilt from a core, each element by its indices."""
+    t = {"lokr_w1": torch.randn(2, 3), "lokr_t2": torch.randn(2, 2, 3, 2)}
+    t |= {"lokr_w2_a": torch.randn(2, 4), "lokr_w2_b": torch.randn(2, 5)}
+    w2 = torch.einsum("ijkl,ib,jd->bdkl", t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
+    expected = torch.einsum("ac,bdkl->abcdkl", t["lokr_w1"], w2).reshape(8, 15, 3, 2)
+    torch.testing.assert_close(product(t, (8, 15, 3, 2)).float(), expected)
