@@ -138,8 +138,10 @@ def test_what_is_written_means_the_same_to_its_reader_and_when_read_back(
     before = lp.merged_state_dict(model)
     lp.detach(model)
     lp.load(model, path)
+    # Folding s rounds B in float32; a sum that lies between two bfloat16 values may then fall to the other one.
+    rtol = 2**-7 if dtype is torch.bfloat16 else 2e-5
     for name, value in lp.merged_state_dict(model).items():
-        torch.testing.assert_close(value, before[name], rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(value, before[name], rtol=rtol, atol=2e-6)
 
 
 @given(st.sampled_from(sorted(LAYERS)), st.integers(1, 3), st.floats(0.25, 8))
