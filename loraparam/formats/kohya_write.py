@@ -229,7 +229,9 @@ class Writer:
                 )
         # transformers' Conv1D is written as the Linear it is.
         dim = int(method.axis == "in") if len(shape) == 2 else dim
-        if self.flavor == "comfyui" or method.eps not in (0.0, EPS):
+        # Beside the norm of a tiny row even the readers' eps counts, where the base is known.
+        exact = method.eps == EPS or (method.eps == 0 and self.base is None)
+        if self.flavor == "comfyui" or not exact:
             weight = self._weight(item, "the norms of its weight")
             after = dora_norm(item, method, weight)
             theirs = _comfyui_norm(item, weight) if self.flavor == "comfyui" else None
