@@ -35,7 +35,7 @@ def lora(W: Tensor, A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
                 [4., 0.]])
     """
     wide = compute_dtype(W.dtype)
-    return (W.to(wide) + scale * (B.to(wide) @ A.to(wide))).to(W.dtype)
+    return (W.to(wide) + (scale * B.to(wide)) @ A.to(wide)).to(W.dtype)
 
 
 def dora(

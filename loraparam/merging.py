@@ -14,6 +14,7 @@ from . import slices
 from .adapters import check_known, drop, entries_of, refuse_outside, release
 from .catalogue import catalogue, parametrized
 from .errors import AttachError, LoraparamError, TargetError, nearest
+from .finite import all_finite
 from .guarded import stack_of
 from .hosts import Site, groups
 from .layouts import Layout, layout_of
@@ -121,7 +122,7 @@ def _refuse_torn(group: list[Site]) -> None:
 
 
 def _check_finite(value: Tensor, path: str) -> None:
-    if not bool(torch.isfinite(value).all()):
+    if not all_finite(value):
         raise AttachError(
             f"{path!r}: the merged weight is not finite; look for diverged factors with lp.summary, or detach"
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .adapters import check_known, entries_of
 from .errors import StateError, listed, nearest
+from .finite import all_finite
 from .merging import detached, merged
 from .sharding import is_spread, spread, whole
 
@@ -97,7 +98,7 @@ def check_factor(key: str, tensor: Any, shape: Sequence[int], dtype: torch.dtype
         kind = "meta" if tensor.is_meta else str(tensor.layout)
         raise StateError(f"{key!r} is a {kind} tensor; allowed: a dense one with values")
     # As it will be kept: a float64 of 1e300 is infinite in float32.
-    if not bool(torch.isfinite(tensor.to(dtype)).all()):
+    if not all_finite(tensor.to(dtype)):
         raise StateError(f"{key!r} holds NaN or infinity; a finite tensor is needed")
 
 

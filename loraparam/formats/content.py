@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..adapters import attach_rows, entries_of
 from ..catalogue import Catalogue
 from ..errors import FormatError, LoraparamError, StateError, listed, nearest
+from ..finite import all_finite
 from ..layouts import Layout
 from ..methods import Factors, Full, Method
 from ..plans import Plan, Row, Trial, row_at
@@ -92,7 +93,7 @@ def content_of(model: nn.Module, name: str) -> Content:
     for path, entry in entries_of(model, name):
         factors = {key: whole(factor) for key, factor in entry.values().items()}
         for key, factor in factors.items():
-            if not bool(torch.isfinite(factor).all()):
+            if not all_finite(factor):
                 raise StateError(
                     f"'{path}.{key}' holds NaN or infinity, which no reader would take; the adapter has diverged"
                 )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, listed
+from ..finite import all_finite
 from ..layouts import Layout
 from .bases import Base
 from .files import open_safetensors
@@ -143,7 +144,7 @@ def _checked(group: Group, leaf: str, tensor: Tensor) -> Tensor:
     if tensor.numel() == 0 or tensor.dim() < least:
         what = "is empty" if tensor.dim() >= least else f"has fewer than {least} dims"
         raise group.error(leaf, f"shape {tuple(tensor.shape)} {what}")
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise group.error(leaf, "holds NaN or infinity; a finite tensor is needed")
     return tensor
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError, listed
+from ..finite import all_finite
 from ..formats import write_content
 from ..formats.bases import Base
 from ..formats.content import Content, Item
@@ -133,7 +134,7 @@ def _difference(before: Base, after: Base, path: str) -> Tensor | str | None:
         return f"changed; of dtype {old.dtype} in the base and {new.dtype} in the tuned one, to which no adapter adds"
     wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
     delta = new.cpu().to(wide) - old.cpu().to(wide)
-    if not bool(torch.isfinite(delta).all()):
+    if not all_finite(delta):
         raise FormatError(f"{path!r} holds NaN or infinity in one of the two, or their difference does")
     return delta if bool(delta.any()) else None
 

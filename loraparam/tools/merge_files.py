@@ -10,14 +10,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch import Tensor
 
 from ..errors import FormatError, listed
+from ..finite import all_finite
 from ..formats import read_content
 from ..formats.bases import FileBase
 from ..formats.streams import Stored, check_free, header_of, in_place_of, refuse_same, rewrite
-from .fitting import BLOCK, Adapters, PathLike, Target, by_parameter, check_bases, fit, update, weighted
+from .fitting import Adapters, PathLike, Target, by_parameter, check_bases, fit, update, weighted
 from .reports import Progress, silent
 
 # Other copies of the base weights, which the merged ones would contradict, and what belongs to a download.
@@ -157,7 +157,7 @@ def _changed(
     if check:
         check_bases(weight, own)
     value = update(weight, own)
-    if not all(bool(torch.isfinite(block).all()) for block in value.reshape(-1).split(BLOCK)):
+    if not all_finite(value):
         raise FormatError(
             f"{tensor.name!r}: the merged weight is not finite in {tensor.dtype}; the base or the adapter has "
             "diverged, or a weight is too large"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import FormatError, LoraparamError
+from ..finite import all_finite
 from ..formats import detect, known_format, native, read_content, write_content
 from ..formats.bases import Base
 from ..formats.content import Content, Item, difference
@@ -145,7 +146,7 @@ def _act(
         elif added <= (0.0 if additive else NEUTRAL * size):
             findings.append((target.item.path, "dead: it changes nothing"))
     new = update(weight.clone(), targets)
-    if not bool(torch.isfinite(new).all()):
+    if not all_finite(new):
         findings.append((parameter, f"the merged weight is not finite in {str(weight.dtype).removeprefix('torch.')}"))
     elif (
         torch.equal(new, weight)
