@@ -195,8 +195,10 @@ def test_peft_tensors_without_their_config_are_not_taken_for_diffusers(tmp_path:
 
 FORMS = {
     "diffusers": "unet.x.lora_A.weight x.lora.down.weight a.processor.to_q_lora.up.weight x.lora_magnitude_vector",
+    "loralib": "x.lora_A unet.x.lora_B",
     "kohya": """
-        lora_unet_x.alpha lora_te_x.lora_A.weight lora_te2_x.lora_up.weight lycoris_x.lora_down.weight x.y.diff
+        lora_unet_x.lora_A lora_unet_x.alpha lora_te_x.lora_A.weight lora_te2_x.lora_up.weight x.y.diff
+        lycoris_x.lora_down.weight
         lora_transformer_x.lora.up.weight diffusion_model.x.lora_A.weight text_encoders.x.lora_B.weight x.w_norm
         unet.x.dora_scale unet.x.lokr_w1 x.hada_w1_a x.oft_blocks""",
 }

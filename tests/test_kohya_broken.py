@@ -73,6 +73,50 @@ BROKEN: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "a leaf alone": ({".lora_up.weight": torch.ones(1)}, r"unknown keys '.lora_up.weight'"),
     "a grown layer": ({f"{HEAD}.reshape_weight": torch.tensor([8, 4])}, r"reshape_weight': it grows the layer"),
     "a vector": ({f"{HEAD}.lora_magnitude_vector": torch.ones(4)}, r"a DoRA here has 'dora_scale'"),
+    "half a LoHa": ({"lora_unet_conv_in.hada_w1_a": torch.ones(4, 1)}, r"'lora_unet_conv_in.hada_w1_b' is missing"),
+    "a pair and a LoHa": (
+        {f"{HEAD}.hada_w{side}_{half}": torch.ones(4, 4) for side in "12" for half in "ab"},
+        r"for one parameter; keep one",
+    ),
+    "LoHa and LoKr": (
+        {"lora_unet_conv_in.hada_w1_a": torch.ones(4, 1), "lora_unet_conv_in.lokr_w1": torch.ones(1, 1)},
+        r"LoHa and LoKr on one",
+    ),
+    "half a LoKr": ({"lora_unet_conv_in.lokr_w1": torch.ones(4, 1)}, r"'lora_unet_conv_in.lokr_w2_a' is missing"),
+    "a LoKr with too much": (
+        {f"lora_unet_conv_in.{leaf}": torch.ones(4, 1) for leaf in ("lokr_w1", "lokr_w1_a", "lokr_w2")},
+        r"lokr_w1_a': 'lora_unet_conv_in.lokr_w1' is the whole of it; keep one",
+    ),
+    "a LoKr's ranks": (
+        {
+            "lora_unet_conv_in.lokr_w1": torch.ones(1, 1),
+            "lora_unet_conv_in.lokr_w2_a": torch.ones(4, 2),
+            "lora_unet_conv_in.lokr_w2_b": torch.ones(3, 4),
+        },
+        r"lokr_w2_a': shape \(4, 2\), beside \(3, 4\): ranks that differ",
+    ),
+    "a LoKr's size": (
+        {"lora_unet_conv_in.lokr_w1": torch.ones(2, 1), "lora_unet_conv_in.lokr_w2": torch.ones(4, 4)},
+        r"the product is \(8, 4\); the layer is \(4, 4\)",
+    ),
+    "a LoKr's kernel": (
+        {"lora_unet_conv_in.lokr_w1": torch.ones(1, 1), "lora_unet_conv_in.lokr_w2": torch.ones(4, 2, 2)},
+        r"the product is \(4, 4, 'kernel \(2,\)'\)",
+    ),
+    "a LoHa's core": (
+        {f"lora_unet_conv_in.hada_{leaf}": torch.ones(2, 4) for leaf in ("w1_a", "w1_b", "w2_a", "w2_b")}
+        | {f"lora_unet_conv_in.hada_t{side}": torch.ones(2, 3, 1) for side in "12"},
+        r"hada_t1': shape \(2, 3, 1\), beside",
+    ),
+    "a LoHa's vector": (
+        {f"lora_unet_conv_in.hada_{leaf}": torch.ones(4) for leaf in ("w1_a", "w1_b", "w2_a", "w2_b")},
+        r"allowed: a matrix",
+    ),
+    "a LoHa of two sizes": (
+        {f"lora_unet_conv_in.hada_w1_{half}": torch.ones(4, 4) for half in "ab"}
+        | {"lora_unet_conv_in.hada_w2_a": torch.ones(4, 4), "lora_unet_conv_in.hada_w2_b": torch.ones(4, 5)},
+        r"its two sides have different sizes",
+    ),
     "GLoRA": ({f"{HEAD}.a1.weight": torch.ones(4, 1)}, r"GLoRA is not read"),
     "IA3": ({f"{HEAD}.on_input": torch.tensor(1)}, r"LyCORIS's \(IA\)\^3 is not read"),
     "BOFT": ({f"{HEAD}.oft_blocks": torch.ones(1, 2, 2, 2)}, r"BOFT \(a rotation of the output\) is not read"),

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from diffusion_files import case
+from safetensors.torch import load_file, save_file
+from test_kohya_read import READ
 from test_plans import unchanged
 from torch import Tensor, nn
 
@@ -240,3 +242,59 @@ def test_without_a_base_names_mean_nothing(tmp_path: Path) -> None:
         lp.FormatError, match=rf"names such as '{head}' mean the modules of one model; the base is needed"
     ):
         kohya.read(file_of(tmp_path / "a.safetensors", head), None)
+
+
+# --- names as they are in the file ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_file_can_be_looked_at_without_its_base(name: str) -> None:
+    subject = case(name)
+    look = lp.inspect_file(subject.file)
+    known = {row.path: row for row in lp.inspect_file(subject.file, base=subject.base_file).rows}
+    assert len(look.rows) == len(known) == len(subject.spec["changed"])
+    by_name = {path.replace(".", "_"): row for path, row in known.items()}
+    for row in look.rows:
+        start = row.path.replace("lycoris_", "").replace("lora_te_", "text_encoder_").replace("lora_unet_", "unet_")
+        other = by_name[start.replace(".", "_")]
+        assert (row.rank, row.method, row.norm) == (other.rank, other.method, other.norm)
+        # A LoHa or LoKr of a convolution does not show the kernel.
+        assert row.shape == other.shape or name in ("lycoris/loha", "lycoris/lokr")
+
+
+def test_a_file_keeps_its_names_when_it_is_resized(tmp_path: Path) -> None:
+    subject = case("kohya/sd_unet_te")
+    lp.resize(subject.file, tmp_path / "a.safetensors", rank=1, names="file")
+    heads = {key.partition(".")[0] for key in load_file(subject.file)}
+    assert {key.partition(".")[0] for key in load_file(tmp_path / "a.safetensors")} == heads
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [("model", r"or names='file' to leave them as they are"), ("files", r"allowed: 'model', 'file'")],
+)
+def test_how_names_are_read(tmp_path: Path, names: Any, message: str) -> None:
+    with pytest.raises(lp.FormatError, match=message):
+        kohya.read(file_of(tmp_path / "a.safetensors", "lora_unet_x"), None, names=names)
+
+
+LONG = 20_000
+GROWING = {
+    "a core": {
+        "lora_down.weight": torch.ones(1, LONG, 1),
+        "lora_up.weight": torch.ones(1, 1, 1),
+        "lora_mid.weight": torch.ones(1, 1, LONG),
+    },
+    "a scale per input channel": {
+        "lora_down.weight": torch.ones(1, 1, LONG),
+        "lora_up.weight": torch.ones(LONG, 1, 1),
+        "dora_scale": torch.ones(1, 1, 1),
+    },
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_nothing_large_is_made_of_a_small_file(tmp_path: Path, name: str) -> None:
+    save_file({f"lora_unet_x.{leaf}": tensor for leaf, tensor in GROWING[name].items()}, tmp_path / "a.safetensors")
+    with pytest.raises(lp.FormatError, match=r"400000000 numbers would be made of \d+; the base is needed"):
+        kohya.read(tmp_path / "a.safetensors", None, names="file")

@@ -1,8 +1,10 @@
 """Reading kohya's, LyCORIS' and ComfyUI's files: effective weights, names, and what is refused."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from diffusion_files import CASES, Case, base_of, case
@@ -17,7 +19,7 @@ from loraparam.formats import kohya
 from loraparam.formats.bases import Base, FileBase
 from loraparam.formats.content import Content
 
-REFUSED = {"lycoris/diag_oft": "OFT", "lycoris/loha": "LoHa", "lycoris/lokr": "LoKr"}
+REFUSED = {"lycoris/diag_oft": "OFT"}
 READ = [name for name in CASES if name.partition("/")[0] != "diffusers" and name not in REFUSED]
 
 
@@ -151,4 +153,59 @@ def test_a_pair_means_what_its_formula_says(folder: Path, data: st.DataObject) -
     save_file(file, folder / "pair.safetensors")
     lp.load(model, folder / "pair.safetensors")
     # The factors are float32 at least, and a rank above min(out, in) is multiplied out.
+    torch.testing.assert_close(lp.merged_state_dict(model)["mid_block.to_q.weight"], V, rtol=1e-4, atol=1e-4)
+
+
+def drawn_operand(
+    data: st.DataObject, out: int, in_: int, kernel: list[int]
+) -> tuple[dict[str, Tensor], Tensor, int | None]:
+    """({leaf: tensor}, the matrix (out, in, *k), its rank) of one side of a LoHa or LoKr."""
+    kind = data.draw(st.sampled_from(["whole", "pair", "core"]))
+    r = data.draw(st.integers(1, 3))
+    if kind == "whole":
+        W = torch.randn(out, in_, *kernel)
+        return {"": W}, W.double(), None
+    if kind == "pair" or not kernel:
+        a, b = torch.randn(out, r), torch.randn(r, in_ * math.prod(kernel))
+        return {"_a": a, "_b": b}, (a.double() @ b.double()).reshape(out, in_, *kernel), r
+    a, b, t = torch.randn(r, out), torch.randn(r, in_), torch.randn(r, r, *kernel)
+    return {"_a": a, "_b": b, "t": t}, torch.einsum("ij...,ip,jr->pr...", t.double(), a.double(), b.double()), r
+
+
+@given(st.data())
+def test_products_mean_what_their_formulas_say(folder: Path, data: st.DataObject) -> None:
+    hadamard, kernel = data.draw(st.booleans()), data.draw(st.sampled_from([[], [1], [2, 3]]))
+    a, c = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    b, d = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))
+    head, file = "lora_unet_mid_block_to_q", {}
+    sides = []
+    for side, sizes in (
+        ((1, (a * b, c * d, kernel)), (2, (a * b, c * d, kernel)))
+        if hadamard
+        else ((1, (a, c, [])), (2, (b, d, kernel)))
+    ):
+        leaves, W, r = drawn_operand(data, *sizes)
+        hypothesis.assume(r is not None or not hadamard)
+        sides.append((W, r))
+        stem = "hada_" if hadamard else "lokr_"
+        for leaf, tensor in leaves.items():
+            file[f"{head}.{stem}{f't{side}' if leaf == 't' else f'w{side}{leaf}'}"] = tensor
+    (W1, r1), (W2, r2) = sides
+    if hadamard:
+        hypothesis.assume(r1 == r2)
+        delta = W1 * W2
+    else:
+        delta = torch.einsum("ac,bd...->abcd...", W1, W2).reshape(a * b, c * d, *kernel)
+    alpha = data.draw(st.none() | st.integers(0, 5))
+    if alpha is not None:
+        file[f"{head}.alpha"] = torch.tensor(alpha)
+    r = (r1 if hadamard else r2 or r1) or 1
+    scale = (alpha or r) / r if r1 or r2 else 1
+    model = Plain((a * b, c * d, *kernel))
+    V = model.weight.detach() + scale * delta
+    if data.draw(st.booleans()):
+        m = file[f"{head}.dora_scale"] = torch.rand(a * b, *[1] * (V.dim() - 1))
+        V = V * m.double() / (V.flatten(1).norm(dim=1).reshape(m.shape) + 2.0**-23)
+    save_file(file, folder / "product.safetensors")
+    lp.load(model, folder / "product.safetensors")
     torch.testing.assert_close(lp.merged_state_dict(model)["mid_block.to_q.weight"], V, rtol=1e-4, atol=1e-4)

@@ -47,6 +47,7 @@ FLOORS = (
     ("formats.peft_read", "formats.peft_scaled"),
     ("formats.peft_write",),
     ("formats.leaves", "formats.components"),
+    ("formats.kohya_products",),
     ("formats.pairs",),
     ("formats.kohya_write", "formats.diffusers_write"),
     ("formats.unscaled", "formats.stacking"),

@@ -19,7 +19,8 @@ from .bases import Base, ModelBase
 from .content import Content, attach_content, content_of
 from .unscaled import PICKLES
 
-# Each reader and writer by name; formats/content.py says what such a module has.
+# Each reader and writer by name; formats/content.py says what such a module has. The order is that of detection:
+# a bare "lora_A" is kohya's below a name of its own, else loralib's.
 FORMATS: dict[str, Any] = {module.NAME: module for module in (native, peft, kohya, loralib, loratorch, diffusers)}
 
 

@@ -62,7 +62,8 @@ MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 LEAVES = Leaves(("alpha", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", *MAGNITUDES), REFUSED, _modern)
 LEAVES.leaf_of |= {f".{leaf}": "magnitude" for leaf in MAGNITUDES}
 _ENDS = (
-    *(half for pair in PAIRS[1:] for half in pair),
+    # Without ".weight" a key may be loralib's, which has no scale.
+    *(half for pair in PAIRS[1:] for half in pair if half.endswith(".weight")),
     *(f".{leaf}" for leaf in (*MAGNITUDES, "lora_embedding_A", "lora_embedding_B")),
 )
 
@@ -215,7 +216,8 @@ class _Module:
         """The pair as matrices, their layout, and the rank that the file gives it."""
         group = self.group
         if "down" in group.keys:
-            layout, r = layout_for(group, self.weight, self.base), group.tensors["down"].shape[0]
+            r, in_ = group.tensors["down"].shape[:2]
+            layout = layout_for(group, self.weight, self.base, group.tensors["up"].shape[0], in_)
             return *(self._grouped() or matrices(group, self.shape, layout)), layout, r
         if not {"lora_embedding_A", "lora_embedding_B"} <= set(group.keys):
             raise self.error("there is no pair of factors for it")

@@ -159,7 +159,12 @@ def _no_form(item: Item, name: str, base: Base | None) -> str:
         return "the output projection of a MultiheadAttention; use format='peft' or 'loraparam'"
     if layout.lookup:
         return "an embedding alone, whose rank it cannot tell; use format='peft' or 'loraparam'"
-    if layout.batch or layout != item.layout or (layout.out and shape is not None and len(shape) > 2):
+    if (
+        layout.batch
+        or layout.rows is not None
+        or layout != item.layout
+        or (layout.out and shape is not None and len(shape) > 2)
+    ):
         return f"a weight read as {item.layout}; {_DIFFERENCE}"
     if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
         return f"a grouped convolution, whose rank it cannot tell; {_DIFFERENCE}"

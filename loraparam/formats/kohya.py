@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,28 +23,19 @@ from .bases import Base
 from .components import Prefix, component_of, locate
 from .content import Content, Item
 from .files import open_safetensors, safetensors_bytes, write_whole
+from .kohya_products import HADAMARD, KRONECKER, Product, product_of, refuse_misfit
 from .kohya_write import EPS, FLAVOR, Flavor, Names, WritePrefix, Writer, check_flavor, from_comfyui
-from .leaves import Group, Leaves, alpha_of, layout_for, matrices, read_groups, squeezed
-from .pairs import Pair
+from .leaves import Group, Leaves, alpha_of, layout_for, matrices, read_groups, refuse_growth, squeezed
+from .pairs import Implied, Pair
 from .portable import replacements, trained, whole
 
 NAME = "kohya"
-HINTS = ("prefix", "flavor")
+HINTS = ("prefix", "flavor", "names")
 OPTIONS = ("prefix", "flavor")
+NAMES = "loraparam.names"  # of content that keeps a file's names, which are then written as they are
 
 _MERGE = "merge it with its own tool and extract a LoRA from the merged weights"
 _OTHER = {
-    "LoHa (a Hadamard product of two pairs)": (
-        "hada_w1_a",
-        "hada_w1_b",
-        "hada_w2_a",
-        "hada_w2_b",
-        "hada_t1",
-        "hada_t2",
-    ),
-    "LoKr (a Kronecker product)": (
-        *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t1", "lokr_t2"),
-    ),
     "OFT or BOFT (a rotation of the output)": ("oft_blocks", "oft_diag", "rescale"),
     "GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
     "LyCORIS's (IA)^3": ("on_input",),
@@ -54,13 +46,14 @@ REFUSED |= {
     "reshape_weight": "it grows the layer, and adapters keep a parameter's shape",
     "lora_magnitude_vector": "no reader of this format takes it; a DoRA here has 'dora_scale'",
 }
-LEAVES = Leaves(("lora_mid.weight", "alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "set_weight"), REFUSED)
+_PLAIN = ("lora_mid.weight", "alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "set_weight")
+LEAVES = Leaves((*_PLAIN, *HADAMARD, *KRONECKER), REFUSED)
 LEAVES.leaf_of[".lora_mid.weight"] = "mid"
 # Leaves by the parameter they are for. One parameter is said one thing about.
-WEIGHT, BIAS = ("down", "diff", "w_norm", "set_weight"), ("diff_b", "b_norm")
+WEIGHT, BIAS = ("down", "product", "diff", "w_norm", "set_weight"), ("diff_b", "b_norm")
 # Ends that no other format's keys have.
 _OWN = tuple(f".{leaf}" for leaf in ("lora_down.weight", "lora_up.weight", "dora_scale", "diff", "diff_b", "w_norm"))
-_OWN += tuple(f".{leaf}" for leaf in (*(leaf for leaf in REFUSED if "_w" in leaf), "oft_blocks", "set_weight"))
+_OWN += tuple(f".{leaf}" for leaf in (*HADAMARD, *KRONECKER, "oft_blocks", "set_weight"))
 
 
 def recognises(path: Path) -> bool:
@@ -77,7 +70,14 @@ def _is_own(key: str) -> bool:
     return key.endswith(_OWN) or start.endswith("_") or start.startswith(("diffusion_model.", "text_encoders."))
 
 
-def read(path: Path, base: Base | None, *, prefix: Prefix = None, flavor: Flavor | None = None) -> Content:
+def read(
+    path: Path,
+    base: Base | None,
+    *,
+    prefix: Prefix = None,
+    flavor: Flavor | None = None,
+    names: Literal["model", "file"] = "model",
+) -> Content:
     """The adapter in a file.
 
     Args:
@@ -85,15 +85,23 @@ def read(path: Path, base: Base | None, *, prefix: Prefix = None, flavor: Flavor
         base: the model or checkpoint it is for.
         prefix: the part to load, such as "lora_unet" or "unet"; or {prefix: module path}.
         flavor: "comfyui" where a DoRA's scales were made for ComfyUI; by default as the header says, else "lycoris".
+        names: "file" leaves the names as they are in the file, which needs no base, and is enough to look at it.
     """
     groups, metadata = read_groups(path, LEAVES)
     file = str(path)
     flavor = check_flavor(metadata.get(FLAVOR, "lycoris") if flavor is None else flavor)
-    if base is None:
+    if names not in ("model", "file"):
+        raise FormatError(f"names={names!r}; allowed: 'model', 'file'")
+    if names == "file":
+        located, metadata = {group.head: group.head for group in groups}, {**metadata, NAMES: "file"}
+        base = Implied(groups, located)
+    elif base is None:
         raise FormatError(
-            f"{file!r}: names such as {groups[0].head!r} mean the modules of one model; the base is needed to read them"
+            f"{file!r}: names such as {groups[0].head!r} mean the modules of one model; the base is needed to read "
+            "them, or names='file' to leave them as they are"
         )
-    located = locate((group.head for group in groups), base, prefix, file)
+    else:
+        located = locate((group.head for group in groups), base, prefix, file)
     items: list[Item] = []
     replaced: dict[str, Tensor] = {}
     for group in groups:
@@ -106,10 +114,13 @@ def read(path: Path, base: Base | None, *, prefix: Prefix = None, flavor: Flavor
 
 def _items(group: Group, place: str, base: Base, flavor: Flavor) -> list[Item]:
     """What a module's tensors say about its weight and its bias."""
-    _refuse_orphans(group)
+    product = product_of(group)
+    _refuse_orphans(group, product)
     items = []
-    if "down" in group.tensors:
-        items.append(_low_rank(group, _parameter(group, "up", place, base), base, flavor))
+    if product is not None or "down" in group.tensors:
+        leaf = next(leaf for leaf in group.keys if leaf not in (*BIAS, "alpha", "dora_scale"))
+        path = _parameter(group, leaf, place, base)
+        items.append(_low_rank(group, product, path, base, flavor))
     for leaf in ("diff", "w_norm", *BIAS):
         if leaf in group.tensors:
             path = _parameter(group, leaf, place, base)
@@ -117,15 +128,16 @@ def _items(group: Group, place: str, base: Base, flavor: Flavor) -> list[Item]:
     return items
 
 
-def _refuse_orphans(group: Group) -> None:
+def _refuse_orphans(group: Group, product: Product | None) -> None:
+    keys = group.keys if product is None else {**group.keys, "product": "LoHa or LoKr"}
     for leaves in (WEIGHT, BIAS):
-        found = [group.keys[leaf] for leaf in leaves if leaf in group.keys]
+        found = [keys[leaf] for leaf in leaves if leaf in keys]
         if len(found) > 1:
-            raise FormatError(f"{group.file!r}: {listed(found)} are for one parameter; keep one")
+            raise group.error(next(iter(group.keys)), f"{listed(found)} are for one parameter; keep one")
     for leaf in ("mid", "dora_scale", "alpha"):
         # Some trainers write an alpha beside a difference, where no reader uses it.
-        alone = leaf != "alpha" or not any(key in group.keys for key in (*WEIGHT, *BIAS))
-        if leaf in group.keys and "down" not in group.keys and alone:
+        owners = {"mid": ("down",), "dora_scale": WEIGHT[:2], "alpha": (*WEIGHT, *BIAS)}[leaf]
+        if leaf in keys and not any(owner in keys for owner in owners):
             raise group.error(leaf, "there is no pair of factors for it")
 
 
@@ -147,18 +159,42 @@ def _difference(group: Group, leaf: str, path: str, base: Base) -> Item:
     return Item(path, Full(), {"diff": diff.reshape(shape)}, base.layout(path) or Layout(), shape)
 
 
-def _low_rank(group: Group, path: str, base: Base, flavor: Flavor) -> Item:
-    shape, layout = base.shape(path), layout_for(group, path, base)
-    A, B = matrices(group, shape, layout)
-    pair = Pair(A=A, B=B, alpha=alpha_of(group)).checked(group)
-    if "dora_scale" not in group.keys:
+def _low_rank(group: Group, product: Product | None, path: str, base: Base, flavor: Flavor) -> Item:
+    alpha, shape = alpha_of(group), base.shape(path)
+    out, in_ = product.sizes() if product else (group.tensors["up"].shape[0], group.tensors["down"].shape[1])
+    layout = layout_for(group, path, base, out, in_)
+    if product is None:
+        A, B = matrices(group, shape, layout)
+        pair = Pair(A=A, B=B, alpha=alpha)
+    else:
+        pair = _expanded(group, product, alpha, layout, shape)
+    pair.checked(group)
+    if "dora_scale" in group.keys:
+        item = _dora(group, pair, path, layout, base)
+        return item if flavor == "lycoris" else from_comfyui(item, base)
+    if product is None or product.is_pair(*product.sizes()):
         return pair.item(path, layout, shape)
-    item = _dora(group, pair, path, layout, shape)
-    return item if flavor == "lycoris" else from_comfyui(item, base)
+    diff = layout.tensor(pair.B @ pair.A, shape).contiguous()  # one of them is the identity
+    return Item(path, Full(), {"diff": diff}, layout, shape)
 
 
-def _dora(group: Group, pair: Pair, path: str, layout: Layout, shape: tuple[int, ...]) -> Item:
+def _expanded(group: Group, product: Product, alpha: float | None, layout: Layout, shape: tuple[int, ...]) -> Pair:
+    """A product as a pair, with s folded into it; beside the identity, where it is smaller whole."""
+    _, out, in_ = layout.sizes(shape)
+    refuse_misfit(group, product, shape, out, in_)
+    rank = product.scale_rank
+    scale = 1.0 if alpha is None or rank is None else alpha / rank
+    wide = torch.promote_types(next(iter(group.tensors.values())).dtype, torch.float32)
+    if product.is_pair(out, in_):
+        A, B = product.pair()
+        return Pair(A=A.to(wide), B=(B * scale).to(wide))
+    delta, eye = (product.dense() * scale).to(wide), torch.eye(min(out, in_), dtype=wide)
+    return Pair(A=delta, B=eye) if out <= in_ else Pair(A=eye, B=delta)
+
+
+def _dora(group: Group, pair: Pair, path: str, layout: Layout, base: Base) -> Item:
     """A DoRA: its scale has the size of the output dim, or of the input dim, and ones elsewhere."""
+    shape = base.shape(path)
     _, out, in_ = layout.sizes(shape)
     channels, m = shape[1 - layout.out], group.tensors["dora_scale"]
     pair = replace(pair, magnitude=m, eps=EPS)
@@ -173,6 +209,9 @@ def _dora(group: Group, pair: Pair, path: str, layout: Layout, shape: tuple[int,
         )
     if channels == in_:
         return replace(pair, axis="in").item(path, layout, shape)
+    if isinstance(base, Implied):
+        grown = min(pair.A.shape[0] * in_ // channels, channels) * out * (in_ // channels)
+        refuse_growth(group, "dora_scale", grown)
     A, B = by_input_channel(pair, channels)
     return replace(pair, A=A, B=B, alpha=None).item(path, Layout(out=1), shape)
 
@@ -221,7 +260,7 @@ def write(
         owner, _, name = item.path.rpartition(".")
         factors = {key: factor.detach().cpu() for key, factor in item.factors.items()}
         modules.setdefault(owner, {})[name] = replace(item, factors=factors)
-    names = Names(modules, base, prefix)
+    names = Names(modules, base, "" if prefix is None and content.metadata.get(NAMES) == "file" else prefix)
     tensors: dict[str, Tensor] = {}
     for owner, items in modules.items():
         tensors |= _module_tensors(owner, items, names, writer)

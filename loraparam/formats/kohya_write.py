@@ -209,6 +209,8 @@ class Writer:
         if not isinstance(item.method, (LoRA, DoRA, Magnitude)):
             name = type(item.method).__name__
             raise FormatError(f"{item.path!r}: kohya's format has no form for {name}; {_ELSEWHERE}")
+        if item.layout.rows is not None:
+            raise FormatError(f"{item.path!r}: kohya's format has no form for a weight read flat; {_ELSEWHERE}")
         # A convolution's DoRA per input channel reads its weight by the second dim, as a transposed convolution does.
         by_channel = own is None and isinstance(item.method, DoRA)
         if layout.batch or (layout.out and len(shape) > 2 and not by_channel):
@@ -229,17 +231,24 @@ class Writer:
                 )
         # transformers' Conv1D is written as the Linear it is.
         dim = int(method.axis == "in") if len(shape) == 2 else dim
-        # Beside the norm of a tiny row even the readers' eps counts, where the base is known.
-        exact = method.eps == EPS or (method.eps == 0 and self.base is None)
-        if self.flavor == "comfyui" or not exact:
-            weight = self._weight(item, "the norms of its weight")
-            after = dora_norm(item, method, weight)
-            theirs = _comfyui_norm(item, weight) if self.flavor == "comfyui" else None
-            ours = after + method.eps
-            # A row of zeros stays zero under any scale.
-            scaled = m.double() * ((after if theirs is None else theirs) + EPS) / torch.where(ours == 0, 1, ours)
-            m = scaled.to(torch.promote_types(m.dtype, torch.float32))
+        if method.eps != EPS or self.flavor == "comfyui":
+            m = self._for_reader(item, method)
         return m.reshape([-1 if i == dim else 1 for i in range(len(shape))])
+
+    def _for_reader(self, item: Item, method: DoRA) -> Tensor:
+        """The magnitude that means here, under the reader's norm and eps, what it means to us."""
+        m = item.factors["magnitude"]
+        if self.base is None and method.eps == 0 and self.flavor == "lycoris":
+            return m
+        weight = self._weight(item, "the norms of its weight")
+        after = dora_norm(item, method, weight)
+        theirs = _comfyui_norm(item, weight) if self.flavor == "comfyui" else None
+        ratio = ((after if theirs is None else theirs) + EPS) / (after + method.eps)
+        # The reader's eps alone shows in rows that are nearly zero; elsewhere m stays as it is, to the bit. A row of
+        # zeros is zero under any scale.
+        plain = (ratio - 1).abs() <= 1e-5 if theirs is None else torch.zeros_like(ratio, dtype=torch.bool)
+        plain |= after + method.eps == 0
+        return torch.where(plain, m.double(), m.double() * ratio).to(torch.promote_types(m.dtype, torch.float32))
 
     def _weight(self, item: Item, why: str) -> Tensor:
         if self.base is None:

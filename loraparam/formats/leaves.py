@@ -165,6 +165,13 @@ def alpha_of(group: Group) -> float | None:
     return value or None
 
 
+def refuse_growth(group: Group, leaf: str, numbers: int) -> None:
+    """Refuse to make far more of a module's tensors than the file holds, where no base vouches for the sizes."""
+    held = sum(tensor.numel() for tensor in group.tensors.values())
+    if numbers > 100 * held + 10**6:
+        raise group.error(leaf, f"{numbers} numbers would be made of {held}; the base is needed to read it")
+
+
 def squeezed(shape: Iterable[int]) -> tuple[int, ...]:
     """A shape without its trailing ones: a 1×1 convolution's kernel is a Linear's weight to every reader."""
     sizes = list(shape)
@@ -173,8 +180,8 @@ def squeezed(shape: Iterable[int]) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def layout_for(group: Group, path: str, base: Base) -> Layout:
-    """How the parameter reads, where its pair is that of a Linear or a convolution.
+def layout_for(group: Group, path: str, base: Base, out: int, in_: int) -> Layout:
+    """How the parameter reads, where its pair (out, r), (r, in, ...) is that of a Linear or a convolution.
 
     Files do not say what their modules are: there the shapes decide, and square ones read (out, in).
 
@@ -183,13 +190,13 @@ def layout_for(group: Group, path: str, base: Base) -> Layout:
     """
     shape, known = base.shape(path), base.layout(path)
     if known is None:
-        out, in_ = group.tensors["up"].shape[0], group.tensors["down"].shape[1]
         swapped = len(shape) == 2 and (out, in_) == (shape[1], shape[0]) and shape[0] != shape[1]
         return Layout(out=1) if swapped else Layout()
     if known.batch or known.lookup or (known.out and len(shape) > 2) or len(shape) < 2:
         # Told from the module's type, so there is a module.
         kind = type(base.module(path.rpartition(".")[0])).__name__
-        raise group.error("up", f"{path!r} is the {tuple(shape)} parameter of a {kind}, which has no such pair here")
+        key = next(iter(group.keys))
+        raise group.error(key, f"{path!r} is the {tuple(shape)} parameter of a {kind}, which has no such pair here")
     return known
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,8 @@ from ..layouts import Layout
 from ..methods import DoRA, LoRA, Magnitude
 from .bases import Base
 from .content import Item
-from .leaves import Group
+from .kohya_products import product_of
+from .leaves import Group, refuse_growth
 from .portable import at_most_full_rank
 
 
@@ -119,14 +121,24 @@ class Implied:
         self.modules = sorted({"", *(name.rpartition(".")[0] for name in self.names)})
 
     def _add(self, group: Group, owner: str) -> None:
-        known = group.tensors
+        known = {leaf: tuple(tensor.shape) for leaf, tensor in group.tensors.items()}
+        weight = next((known[leaf] for leaf in ("diff", "w_norm", "set_weight") if leaf in known), None)
+        if (product := product_of(group)) is not None:
+            weight = product.shape()
+            refuse_growth(group, next(iter(known)), product.made(*product.sizes()))
+        if "down" in known:
+            weight = (known["up"][0], *known["down"][1:])
+        if "down" in known and "mid" in known:
+            weight = (known["up"][0], *known["down"][1:2], *known["mid"][2:])
+            refuse_growth(group, "mid", known["down"][0] * math.prod(known["down"][1:]) * math.prod(known["mid"][2:]))
         if "lora_embedding_A" in known and "lora_embedding_B" in known:
-            self.shapes[f"{owner}weight"] = (*known["lora_embedding_A"].shape[1:], *known["lora_embedding_B"].shape[:1])
+            weight = (*known["lora_embedding_A"][1:], *known["lora_embedding_B"][:1])
             self.lookups.add(f"{owner}weight")
-        elif "down" in known:
-            self.shapes[f"{owner}weight"] = (*known["up"].shape[:1], *known["down"].shape[1:])
-        if "lora_B.bias" in known:
-            self.shapes[f"{owner}bias"] = tuple(known["lora_B.bias"].shape)
+        if weight is not None:
+            self.shapes[f"{owner}weight"] = weight
+        for leaf in ("lora_B.bias", "diff_b", "b_norm"):
+            if leaf in known:
+                self.shapes[f"{owner}bias"] = known[leaf]
 
     def shape(self, path: str) -> tuple[int, ...]:
         """From the pair."""

@@ -140,6 +140,8 @@ def inspect_file(
     """
     reader = detect(Path(path)) if format is None else known_format(format)
     known = None if base is None else base_at(base)
+    if known is None and "names" in reader.HINTS:
+        hints = {"names": "file", **hints}  # where only a model tells which modules the names mean
     content: Content = read_content(path, known, format=reader.NAME, **hints)
     rows = tuple(_look(item) for item in progress(content.items, "decomposing"))
     return Inspection(str(path), reader.NAME, rows, {k: tuple(v.shape) for k, v in content.replaced.items()})
