@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import loraparam as lp
 
 FILES = (
-    "lycoris/locon_tucker", "lycoris/dora_in", "lycoris/dora_out", "lycoris/full", "lycoris/locon_norm", "lycoris/loha", "lycoris/lokr",
+    "lycoris/locon_tucker", "lycoris/dora_in", "lycoris/dora_out", "lycoris/full", "lycoris/locon_norm", "lycoris/loha",
+    "lycoris/lokr",
     "diffusers/sd_peft_metadata", "diffusers/sd_legacy_attn_processor", "kohya/sd_unet_te",
 )  # fmt: skip
 DTYPES = (
