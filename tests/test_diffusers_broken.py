@@ -214,3 +214,28 @@ def test_other_files_are_in_no_known_format(tmp_path: Path) -> None:
     save_file({"unet.conv_in.weight": torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(lp.FormatError, match="is in no known format"):
         lp.load(Net(), tmp_path / "a.safetensors")
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return print, ("code ran",)
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+def test_a_pickle_is_opened_only_where_its_format_is_named(
+    tmp_path: Path, format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, path = Net(), tmp_path / "pytorch_lora_weights.bin"
+    torch.save(GOOD, path)
+    with unchanged(model), pytest.raises(lp.FormatError, match=r"opened only where its format is named"):
+        lp.load(model, path)
+    assert [row.path for row in lp.load(model, path, format=format)] == ["attn1.to_q.weight"]
+    lp.detach(model)
+    for content in (Hostile(), {HEAD: Hostile()}, [1], {HEAD: 1}, {HEAD: torch.ones(2).to_sparse()}, {}):
+        torch.save(content, path)
+        with unchanged(model), pytest.raises(lp.FormatError, match=r"pytorch_lora_weights\.bin"):
+            lp.load(model, path, format=format)
+    torch.save(GOOD | {f"{HEAD}.lora_A.weight": torch.ones(1, 4).to_sparse()}, path)
+    with unchanged(model), pytest.raises(lp.FormatError, match=r"lora_A.weight': a torch.sparse_coo tensor; allowed"):
+        lp.load(model, path, format=format)
+    assert "code ran" not in capsys.readouterr().out

@@ -17,7 +17,7 @@ from ..training import parameters
 from . import diffusers, kohya, loralib, loratorch, native, peft
 from .bases import Base, ModelBase
 from .content import Content, attach_content, content_of
-from .unscaled import PICKLES
+from .files import PICKLES
 
 # Each reader and writer by name; formats/content.py says what such a module has. The order is that of detection:
 # a bare "lora_A" is kohya's below a name of its own, else loralib's.

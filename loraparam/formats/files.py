@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
@@ -57,6 +58,33 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         own[key] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return to_bytes(own, dict(metadata))
+
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")  # what torch.save writes; opened only where a format is named
+
+
+def unpickled(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file of torch.save, with no code of the file's executed.
+
+    Raises:
+        FormatError: it holds anything else, or is damaged.
+    """
+    if not path.is_file():
+        raise FormatError(f"{str(path)!r} is not a file")
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Whatever a damaged or hostile file makes it raise; its messages run over many lines.
+        reason = str(error).partition("\n")[0]
+        raise FormatError(f"{str(path)!r} is not a readable file of torch.save: {reason}") from None
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state) or not state:
+        raise FormatError(
+            f"{str(path)!r} holds a {type(state).__name__}; allowed: a dict of names to tensors, not empty"
+        )
+    for key, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise FormatError(f"{str(path)!r}, {key!r}: a {type(tensor).__name__}; allowed: a tensor")
+    return dict(state)
 
 
 @contextlib.contextmanager

@@ -6,9 +6,10 @@ layer: down (r, in, *k), up (out, r, 1, ...).
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ..errors import FormatError, listed
 from ..finite import all_finite
 from ..layouts import Layout
 from .bases import Base
-from .files import open_safetensors
+from .files import PICKLES, open_safetensors, unpickled
 
 # (down, up) of each spelling. Halves of two spellings are no pair, for no reader joins them.
 PAIRS = (
@@ -89,8 +90,7 @@ def read_groups(path: Path, leaves: Leaves) -> tuple[list[Group], dict[str, str]
             floating-point and finite.
     """
     name = str(path)
-    with open_safetensors(path) as file:
-        keys = list(file.keys())
+    with _opened(path) as (keys, get, metadata):
         split = {key: leaves.split(key) for key in keys}
         _check_keys(split, leaves, name)
         groups: dict[str, Group] = {}
@@ -106,10 +106,19 @@ def read_groups(path: Path, leaves: Leaves) -> tuple[list[Group], dict[str, str]
         for group in groups.values():
             _check_halves(group, spelling)
         for group in groups.values():
-            group.tensors.update(
-                {leaf: _checked(group, leaf, file.get_tensor(key)) for leaf, key in group.keys.items()}
-            )
-        return list(groups.values()), dict(file.metadata() or {})
+            group.tensors.update({leaf: _checked(group, leaf, get(key)) for leaf, key in group.keys.items()})
+        return list(groups.values()), metadata
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor], dict[str, str]]]:
+    """A file's keys, a function from key to tensor, and its header."""
+    if path.suffix in PICKLES:
+        tensors = unpickled(path)
+        yield list(tensors), tensors.__getitem__, {}
+    else:
+        with open_safetensors(path) as file:
+            yield list(file.keys()), file.get_tensor, dict(file.metadata() or {})
 
 
 def _check_keys(split: Mapping[str, tuple[str, str] | None], leaves: Leaves, file: str) -> None:
@@ -134,10 +143,12 @@ def _check_halves(group: Group, spelling: Mapping[str, str]) -> None:
 
 
 def _checked(group: Group, leaf: str, tensor: Tensor) -> Tensor:
-    if leaf == "alpha":
+    if leaf == "alpha" and not tensor.is_meta and tensor.layout == torch.strided:
         return tensor
     if not tensor.is_floating_point():
         raise group.error(leaf, f"dtype {tensor.dtype}; allowed: a floating-point dtype")
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise group.error(leaf, f"a {tensor.layout if not tensor.is_meta else 'meta'} tensor; allowed: a dense one")
     # Nothing computes in 8 bits.
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     least = 2 if leaf in ("down", "mid", "up") else 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..adapters import check_name
 from ..errors import FormatError, LoraparamError, StateError, listed
 from ..state import check_factor
-from .files import open_safetensors
+from .files import open_safetensors, unpickled
 from .peft_products import LEAVES, SHARED
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -125,25 +125,13 @@ def read_tensors(folder: Path) -> Tensors:
             metadata = file.metadata() or {}
     else:
         path, metadata = folder / PICKLE, {}
-        named = _unpickled(path)
+        named = unpickled(path)
     found = Tensors(str(path), metadata=metadata)
     for key, tensor in named.items():
         # Little can be computed in float8; float32 holds the same numbers.
         narrow = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.itemsize < 2
         _sort(found, key, tensor.float() if narrow else tensor)
     return found
-
-
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    """Tensors of a pickle that may hold nothing else."""
-    try:
-        named: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever the damage leads to
-        first = str(error).partition("\n")[0]
-        raise FormatError(f"{str(path)!r} is not a file of plain tensors: {first}") from None
-    if not isinstance(named, dict) or not all(isinstance(key, str) for key in named):
-        raise FormatError(f"{str(path)!r} holds a {type(named).__name__}; allowed: tensors by name")
-    return named
 
 
 def _sort(found: Tensors, key: str, tensor: Any) -> None:

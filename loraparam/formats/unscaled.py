@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from ..methods import LoRA
 from ..methods.base import is_number
 from .bases import Base
 from .content import Item, Prefix, relocate
-from .files import open_safetensors
+from .files import PICKLES, open_safetensors, unpickled
 from .portable import at_most_full_rank
 
 HINTS = ("alpha", "enable_lora", "prefix")
@@ -59,9 +58,6 @@ def recognised(path: Path, stems: Sequence[str]) -> bool:
     with open_safetensors(path) as file:
         found = [_KEY.fullmatch(key) for key in file.keys()]  # noqa: SIM118 - a handle, not a dict
     return any(match is not None and (match["stem"] or "") in stems for match in found)
-
-
-PICKLES = (".pt", ".pth", ".bin")
 
 
 def parsed(
@@ -124,22 +120,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix not in PICKLES:
         with open_safetensors(path):
             return load_file(path)
-    if not path.is_file():
-        raise FormatError(f"{str(path)!r} is not a file")
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Whatever a damaged or hostile file makes it raise; its messages run over many lines.
-        reason = str(error).partition("\n")[0]
-        raise FormatError(f"{str(path)!r} is not a readable file of torch.save: {reason}") from None
-    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state) or not state:
-        raise FormatError(
-            f"{str(path)!r} holds a {type(state).__name__}; allowed: a dict of names to tensors, not empty"
-        )
-    for key, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise FormatError(f"{str(path)!r}, {key!r}: a {type(tensor).__name__}; allowed: a tensor")
-    return dict(state)
+    return unpickled(path)
 
 
 def locate(pair: Pair, names: Sequence[str], base: Base, source: str) -> str:
