@@ -1,15 +1,21 @@
 """The tools on files that other libraries wrote: what these computed from them is what comes out."""
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import adapted, content
+from diffusion_files import CASES
+from diffusion_files import case as diffusion_case
 from peft_files import DATA, MALFORMED, case
 from safetensors.torch import load_file, save_file
+from test_kohya_read import READ as KOHYA
 from test_peft_read import READ
+from test_unscaled_files import FIXTURES
+from test_unscaled_files import hints as unscaled_hints
 from torch import Tensor
 
 import loraparam as lp
@@ -92,6 +98,90 @@ def test_resizing_in_their_own_format(name: str, tmp_path: Path) -> None:
     one = lp.inspect_file(tmp_path / "one", base=subject.model())
     assert {row.rank for row in one.rows} <= {1, None}
 
+
+# --- kohya, LyCORIS, diffusers, loralib and LoRA-Torch ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A file of another tool: its base, what its format needs to be told, and the weights that must come out."""
+
+    base: dict[str, Tensor]
+    file: Path
+    format: str
+    hints: dict[str, Any]
+    wanted: dict[str, Tensor]
+
+    def merged(self, folder: Path, adapter: Path, **hints: Any) -> dict[str, Tensor]:
+        """What merging an adapter into the base gives."""
+        save_file(self.base, folder / "base")
+        lp.merge_files(folder / "base", adapter, folder / "merged", force=True, **hints)
+        return load_file(folder / "merged")
+
+
+def _foreign() -> dict[str, Foreign]:
+    found = {}
+    for name in [*KOHYA, *(name for name in CASES if name.startswith("diffusers/"))]:
+        subject = diffusion_case(name)
+        alphas = subject.spec.get("network_alphas")
+        hints = {} if alphas is None else {"alpha": alphas}
+        format = "diffusers" if name.startswith("diffusers/") else "kohya"
+        found[name] = Foreign(load_file(subject.base_file), subject.file, format, hints, subject.wanted())
+    for (format, name), fixture in FIXTURES.items():
+        start = "merged/"
+        wanted = {key[len(start) :]: value for key, value in fixture.expected.items() if key.startswith(start)}
+        found[f"{format}/{name}"] = Foreign(fixture.base, fixture.file, format, unscaled_hints(fixture), wanted)
+    return found
+
+
+FOREIGN = _foreign()
+
+
+def check(found: dict[str, Tensor], subject: Foreign, rtol: float = 1e-5) -> None:
+    for path, value in subject.base.items():
+        torch.testing.assert_close(
+            found[path], subject.wanted.get(path, value).to(value), rtol=rtol, atol=1e-5, msg=path
+        )
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_merging_gives_what_the_other_tool_merges(name: str, tmp_path: Path) -> None:
+    subject = FOREIGN[name]
+    check(subject.merged(tmp_path, subject.file, format=subject.format, **subject.hints), subject)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_converted_to_the_native_format_they_mean_the_same(name: str, tmp_path: Path) -> None:
+    subject = FOREIGN[name]
+    save_file(subject.base, tmp_path / "base")
+    options = {"base": tmp_path / "base", "format": subject.format, **subject.hints}
+    lp.convert(subject.file, tmp_path / "native", to="loraparam", **options)
+    check(subject.merged(tmp_path, tmp_path / "native"), subject)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_resized_in_their_own_format_to_what_they_hold(name: str, tmp_path: Path) -> None:
+    """alpha, which some of the files do not say, means the same for the new one."""
+    subject = FOREIGN[name]
+    save_file(subject.base, tmp_path / "base")
+    out = tmp_path / f"same{subject.file.suffix}"
+    options = {"base": tmp_path / "base", "format": subject.format, **subject.hints}
+    done = lp.resize(subject.file, out, error=1e-6, **options)
+    assert max(row.residual for row in done.rows) < 2e-6
+    hints = {} if subject.format == "diffusers" else subject.hints  # which has no alphas now
+    check(subject.merged(tmp_path, out, format=subject.format, **hints), subject, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_they_verify(name: str, tmp_path: Path) -> None:
+    subject = FOREIGN[name]
+    save_file(subject.base, tmp_path / "base")
+    found = lp.verify(tmp_path / "base", subject.file, format=subject.format, **subject.hints)
+    assert found, found.findings
+    assert found.checked >= len(subject.wanted) - 1
+
+
+# --- broken files -----------------------------------------------------------------------------------------------
 
 BROKEN = sorted(set(MALFORMED) - {"redos_target_modules"})  # which is harmless where no pattern of a file is run
 

@@ -12,9 +12,21 @@ from pathlib import Path
 
 import loraparam as lp
 
-from ..formats import FORMATS
 from ..tools.combine import HOW
-from .common import add_cut, add_example, add_force, add_reading, add_showing, cut, progress, reading, show, weighted
+from .common import (
+    add_cut,
+    add_example,
+    add_force,
+    add_reading,
+    add_showing,
+    add_writing,
+    cut,
+    progress,
+    reading,
+    settings,
+    show,
+    weighted,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of dare (%(default)s)")
     parser.add_argument("--base", type=Path, help="the checkpoint they are for; a DoRA needs it")
-    parser.add_argument("--to", default="loraparam", choices=sorted(FORMATS), help="format to write (%(default)s)")
+    add_writing(parser)
     add_reading(parser)
     add_force(parser)
     add_showing(parser)
@@ -52,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         base=args.base,
         to=args.to,
+        options=settings(args.option, "--option"),
         force=args.force,
         progress=progress(args),
         **reading(args),

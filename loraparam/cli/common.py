@@ -36,6 +36,19 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_writing(parser: argparse.ArgumentParser, *, to: bool = True) -> None:
+    """How adapters are written."""
+    if to:
+        parser.add_argument("--to", default="loraparam", choices=sorted(FORMATS), help="format to write (%(default)s)")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what the format's writer takes (prefix=lora_unet, flavor=comfyui, alpha=16); repeatable",
+    )
+
+
 def add_showing(parser: argparse.ArgumentParser) -> None:
     """How results are shown."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

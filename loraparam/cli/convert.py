@@ -11,7 +11,16 @@ from pathlib import Path
 import loraparam as lp
 
 from ..formats import FORMATS
-from .common import add_example, add_force, add_reading, add_showing, reading, settings, show
+from .common import (
+    add_example,
+    add_force,
+    add_reading,
+    add_showing,
+    add_writing,
+    reading,
+    settings,
+    show,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="where to")
     parser.add_argument("--to", required=True, choices=sorted(FORMATS), help="the format to write")
     parser.add_argument("--base", type=Path, help="the checkpoint it is for, where a format needs it")
-    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of --to; repeatable")
+    add_writing(parser, to=False)
     add_reading(parser)
     add_force(parser)
     add_showing(parser)

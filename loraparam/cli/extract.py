@@ -11,8 +11,7 @@ from pathlib import Path
 
 import loraparam as lp
 
-from ..formats import FORMATS
-from .common import add_cut, add_example, add_force, add_showing, cut, progress, settings, show
+from .common import add_cut, add_example, add_force, add_showing, add_writing, cut, progress, settings, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cut(parser)
     parser.add_argument("--full", action="store_true", help="keep changed biases and norms, whole")
     parser.add_argument("--allow-unmatched", action="store_true", help="leave out tensors that only one of them has")
-    parser.add_argument("--to", default="loraparam", choices=sorted(FORMATS), help="format to write (%(default)s)")
-    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the format; repeatable")
+    add_writing(parser)
     add_force(parser)
     add_showing(parser)
     add_example(
@@ -43,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
         **cut(args),
         full=args.full,
         strict=not args.allow_unmatched,
-        format=args.to,
+        to=args.to,
+        options=settings(args.option, "--option"),
         force=args.force,
         progress=progress(args),
-        **settings(args.option, "--option"),
     )
     show(done, args)
     return 0

@@ -11,7 +11,19 @@ from pathlib import Path
 
 import loraparam as lp
 
-from .common import add_cut, add_example, add_force, add_reading, add_showing, cut, progress, reading, show
+from .common import (
+    add_cut,
+    add_example,
+    add_force,
+    add_reading,
+    add_showing,
+    add_writing,
+    cut,
+    progress,
+    reading,
+    settings,
+    show,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="where to; with --force it may be ADAPTER itself")
     add_cut(parser)
     parser.add_argument("--base", type=Path, help="the checkpoint it is for, where the format needs it")
+    add_writing(parser, to=False)
     add_reading(parser)
     add_force(parser)
     add_showing(parser)
@@ -35,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         **cut(args),
         base=args.base,
+        options=settings(args.option, "--option"),
         force=args.force,
         progress=progress(args),
         **reading(args),

@@ -74,6 +74,7 @@ def combine(
     base: BaseLike | None = None,
     to: str = "loraparam",
     format: str | None = None,
+    options: dict[str, Any] | None = None,
     force: bool = False,
     progress: Progress[Any] = silent,
     **hints: Any,
@@ -106,6 +107,7 @@ def combine(
         base: model or checkpoint, where the methods or the formats need it.
         to: the format to write.
         format: of the adapters, where it cannot be told from the files.
+        options: what the writer takes, as for ``lp.save``.
         force: replace what is at ``out``.
         progress: shows progress.
         hints: as for ``lp.load``.
@@ -135,7 +137,8 @@ def combine(
         item, row = _combined(group, recipe, known)
         items.append(item)
         rows.append(row)
-    write_content(place, Content(f"combination of {len(contents)} adapters", tuple(items)), known, format=to)
+    combined = Content(f"combination of {len(contents)} adapters", tuple(items))
+    write_content(place, combined, known, format=to, **(options or {}))
     return Changes(str(place), tuple(rows), {})
 
 

@@ -41,11 +41,11 @@ def extract(
     full: bool = False,
     strict: bool = True,
     layouts: Mapping[str, Layout] | None = None,
-    format: str = "loraparam",
+    to: str = "loraparam",
+    options: dict[str, Any] | None = None,
     force: bool = False,
     seed: int = 0,
     progress: Progress[Any] = silent,
-    **options: Any,
 ) -> Changes:
     """Write the difference between two checkpoints as a LoRA adapter, and say what of each tensor it does not hold.
 
@@ -65,11 +65,11 @@ def extract(
         layouts: {pattern of a parameter's path, with ``*``: how it reads as a matrix}, where base does not say. In a
             checkpoint that is taken to be (out, in, …), and (E, out, in) for 3-D tensors that are not called "weight",
             as expert stacks are not.
-        format: to write.
+        to: the format to write.
+        options: what the writer takes, as for ``lp.save``.
         force: replace what is at ``out``.
         seed: of the random projections.
         progress: shows progress.
-        options: as for ``lp.save``.
 
     Raises:
         FormatError: damaged files, tensors without a counterpart or not finite, an ``out`` that exists.
@@ -107,7 +107,7 @@ def extract(
     if not items:
         why = f"; left out: {listed(f'{name}: {why}' for name, why in rest.items())}" if rest else ""
         raise FormatError(f"nothing to extract: no weight differs among the {len(names)} in both checkpoints{why}")
-    write_content(place, Content(_named(tuned), tuple(items)), before, format=format, **options)
+    write_content(place, Content(_named(tuned), tuple(items)), before, format=to, **(options or {}))
     return Changes(str(place), tuple(rows), rest)
 
 

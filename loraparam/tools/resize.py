@@ -30,6 +30,7 @@ def resize(
     error: float | None = None,
     base: BaseLike | None = None,
     format: str | None = None,
+    options: dict[str, Any] | None = None,
     force: bool = False,
     progress: Progress[Any] = silent,
     **hints: Any,
@@ -38,7 +39,7 @@ def resize(
 
     Exactly one of ``rank``, ``energy`` and ``error`` says how much is kept. The singular value decomposition of s·B·A
     comes from the thin QR decompositions of both factors, so it is exact at O((out + in)·r²), and its first k triplets
-    are the best of rank k, with s folded into B. A larger rank pads with zeros and loses nothing.
+    are the best of rank k. A larger rank pads with zeros. alpha stays as it is.
 
     A DoRA keeps its lengths: m·V/‖V‖ with V = W + s·B·A, in which s·B·A is shortened. The residual is that of s·B·A;
     the lengths of the rows stay exact, their directions move. Items without a pair (Full, Magnitude, …) stay as they
@@ -52,6 +53,7 @@ def resize(
         error: the largest ‖s·B·A − B'·A'‖ / ‖s·B·A‖ to allow, in [0, 1).
         base: model or checkpoint, where the format needs it.
         format: of the adapter, where it cannot be told from the file.
+        options: what the format's writer takes, as for ``lp.save``.
         force: replace what is at ``out``; it may be ``adapter`` itself.
         progress: shows progress.
         hints: as for ``lp.load``.
@@ -84,7 +86,7 @@ def resize(
         resized, row = _resized(item, cut)
         items.append(resized)
         rows.append(row)
-    write_content(place, replace(content, items=tuple(items)), known, format=reader.NAME)
+    write_content(place, replace(content, items=tuple(items)), known, format=reader.NAME, **(options or {}))
     return Changes(str(place), tuple(rows), {})
 
 
@@ -96,14 +98,15 @@ def _resized(item: Item, cut: Cut) -> tuple[Item, Change]:
     A, B = own["lora_A"].double(), own["lora_B"].double() * scale
     U, S, Vh = product_svd(A, B)
     total, r, k = float(torch.linalg.vector_norm(S)), A.shape[-2], cut.rank or 0
-    if k >= r:  # the numbers themselves stay, and with them s
+    if k >= r:
         k = min(k, max(r, min(B.shape[-2], A.shape[-1])))
-        new, alpha = padded(own["lora_A"], own["lora_B"], k), scale * k
+        pair = padded(A, B, k)
     else:
         k = cut.choose(S, total**2)
-        new, alpha = pair_of((U[..., :k], S[..., :k], Vh[..., :k, :]), torch.float64), None
-    new = new[0].to(own["lora_A"].dtype), new[1].to(own["lora_B"].dtype)
-    method = replace(item.method, r=k, alpha=alpha, rslora=False)  # dropout and the rest stay
+        pair = pair_of((U[..., :k], S[..., :k], Vh[..., :k, :]), torch.float64)
+    # alpha stays, for there are files that do not say it; B takes up the change of s = alpha/r.
+    method = replace(item.method, r=k)
+    new = pair[0].to(own["lora_A"].dtype), (pair[1] / (method.scale or 1)).to(own["lora_B"].dtype)
     # What is written, less what was read, is a pair as well: its norm counts the rounding of the factors, too.
     rest = product_svd(torch.cat([A, new[0].double()], -2), torch.cat([B, -method.scale * new[1].double()], -1))[1]
     residual = float(torch.linalg.vector_norm(rest)) / total if total else 0.0

@@ -1,0 +1,109 @@
+"""Damaged checkpoints and adapters given to the tools: our error and nothing written, or a result that can be read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import adapted, content, many, save_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import loraparam as lp
+
+TOOLS: dict[str, Any] = {
+    "merge": lambda at: lp.merge_files(at / "base", at / "adapter", at / "out"),
+    "extract": lambda at: lp.extract(at / "base", at / "tuned", at / "out", rank=1),
+    "resize": lambda at: lp.resize(at / "adapter", at / "out", rank=1),
+    "combine": lambda at: lp.combine([at / "adapter"], at / "out", how="ties", base=at / "base"),
+    "convert": lambda at: lp.convert(at / "adapter", at / "out", to="loraparam"),
+    "inspect": lambda at: lp.inspect_file(at / "adapter"),
+    "verify": lambda at: lp.verify(at / "base", at / "adapter"),
+}
+READS = {name: ("base", "adapter") if name in ("merge", "verify", "combine") else ("adapter",) for name in TOOLS}
+READS["extract"] = ("base", "tuned")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hostile")
+    for seed, name in enumerate(("base", "tuned")):
+        save_checkpoint({k: v for k, v in many(seed=seed).state_dict().items() if "norm" not in k}, folder / name)
+    lp.save(adapted(many(), {"linear": lp.LoRA(r=2), "up": lp.DoRA(r=1), "linear.bias": lp.Full()}), folder / "adapter")
+    return folder
+
+
+WORDS = [
+    (b'"F32"', b'"I32"'),
+    (b'"F32"', b'"U8"'),
+    (b'"F32"', b'"BF1"'),
+    (b"linear.weight", b"lineer.weight"),
+    (b"linear.weight", b"../../.weight"),
+    (b'"shape":[8,6]', b'"shape":[6,8]'),
+    (b'"shape":[8,6]', b'"shape":[48]'),
+    (b'"shape":[2,6]', b'"shape":[6,2]'),
+    (b'"r\\": 2', b'"r\\": 9'),
+    (b'"r\\": 2', b'"r\\": 1'),
+    (b'"alpha\\": null', b'"alpha\\": 1e99'),
+    (b'"LoRA', b'"Full'),
+    (b"__metadata__", b"__metadatb__"),
+    (b'"out\\": 0', b'"out\\": 1'),
+    (b'"rows\\": null', b'"rows\\": 7'),
+]
+
+
+@st.composite
+def damage(draw: st.DrawFn) -> Any:
+    """A change of a file's bytes: flipped, cut, put in between or replaced, most often in the header."""
+    kind = draw(st.sampled_from(["flip", "cut", "insert", "word", "length"]))
+    where = draw(st.floats(0, 1)) ** 3  # headers come first
+    value, word = draw(st.integers(0, 255)), draw(st.sampled_from(WORDS))
+
+    def change(data: bytes) -> bytes:
+        at = int(where * (len(data) - 1))
+        if kind == "flip":
+            return data[:at] + bytes([value]) + data[at + 1 :]
+        if kind == "cut":
+            return data[:at]
+        if kind == "insert":
+            return data[:at] + bytes([value]) * (value % 9) + data[at:]
+        if kind == "length":
+            length = int.from_bytes(data[:8], "little") + value - 128
+            return (length % 2**64).to_bytes(8, "little") + data[8:]
+        return data.replace(*word, 1)
+
+    return change
+
+
+@given(tool=st.sampled_from(sorted(TOOLS)), changes=st.lists(damage(), min_size=1, max_size=2), which=st.booleans())
+def test_damaged_files(
+    tmp_path_factory: pytest.TempPathFactory, place: Path, tool: str, changes: list[Any], which: bool
+) -> None:
+    at = tmp_path_factory.mktemp("case")
+    for name, data in content(place).items():
+        (at / name).write_bytes(data)
+    damaged = at / READS[tool][-1 if which else 0]
+    for change in changes:
+        damaged.write_bytes(change(damaged.read_bytes()))
+    before = content(at)
+    try:
+        result = TOOLS[tool](at)
+    except lp.LoraparamError as error:
+        assert content(at) == before
+        assert len(str(error)) < 2000
+    else:
+        assert json.dumps(result.as_dict())
+        after = content(at)
+        if out := after.pop("out", None):
+            assert load_file(at / "out"), len(out)
+        assert after == before
+
+
+def test_undamaged_files_pass_each_tool(tmp_path: Path, place: Path) -> None:
+    for tool, call in TOOLS.items():
+        at = tmp_path / tool
+        at.mkdir()
+        for name, data in content(place).items():
+            (at / name).write_bytes(data)
+        assert call(at)
