@@ -155,10 +155,13 @@ def _sort(found: Tensors, key: str, tensor: Any) -> None:
 def _sort_value(found: Tensors, key: str, inner: str, tensor: Any) -> None:
     """A parameter's new value; copies that PEFT's bias="all" leaves of ``modules_to_save`` are not in use."""
     *owner, name = inner.split(".")
-    if owner[-1:] == ["original_module"]:
+    if "original_module" in owner:
         return
-    copy = owner[-1:] == ["modules_to_save"]
-    path = ".".join([part for part in _without(owner[:-1] if copy else owner) if part] + [name])
+    copy = "modules_to_save" in owner
+    if copy:  # of a module's own values the adapter's name was removed, of those further in it was not
+        at = owner.index("modules_to_save")
+        owner[at:] = owner[at + 2 :]
+    path = ".".join([part for part in _without(owner) if part] + [name])
     if path in found.values and not (copy or "modules_to_save" in found.keys[path].split(".")):
         raise FormatError(f"{found.place!r}: {key!r} and {found.keys[path]!r} are both a value for {path!r}")
     if not isinstance(tensor, Tensor):
