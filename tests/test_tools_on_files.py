@@ -138,10 +138,9 @@ FOREIGN = _foreign()
 
 
 def check(found: dict[str, Tensor], subject: Foreign, rtol: float = 1e-5) -> None:
-    for path, value in subject.base.items():
-        torch.testing.assert_close(
-            found[path], subject.wanted.get(path, value).to(value), rtol=rtol, atol=1e-5, msg=path
-        )
+    assert found.keys() == subject.base.keys()
+    for path, value in subject.wanted.items():
+        torch.testing.assert_close(found[path], value.to(found[path]), rtol=rtol, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -159,7 +158,7 @@ def test_converted_to_the_native_format_they_mean_the_same(name: str, tmp_path: 
     check(subject.merged(tmp_path, tmp_path / "native"), subject)
 
 
-@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("name", [name for name in FOREIGN if name != "lycoris/full"])  # which has no pair
 def test_resized_in_their_own_format_to_what_they_hold(name: str, tmp_path: Path) -> None:
     """alpha, which some of the files do not say, means the same for the new one."""
     subject = FOREIGN[name]

@@ -78,6 +78,9 @@ def test_a_checkpoint_is_base_enough(name: str, case: str, tmp_path: Path) -> No
     known = reader.read(fixture.file, ModelBase(plain(fixture)), **hints(fixture))
     for one, other in zip(content.items, known.items, strict=True):
         assert (one.path, one.method) == (other.path, other.method)
+        if one.part is None:  # in the same layout, or with the two factors exchanged
+            base = fixture.base[one.parameter]
+            assert_close(*(item.method.apply(base, item.factors, item.layout) for item in (one, other)))
 
 
 LAYERS: dict[str, tuple[str, dict[str, Any], Callable[[], nn.Module]]] = {

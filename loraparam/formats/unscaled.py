@@ -155,7 +155,7 @@ def layout_at(parameter: str, pair: Pair, base: Base, source: str, square: bool)
             f"{source!r}, {parameter!r}: shape {shape} does not tell an embedding from a linear layer; load into "
             "the model itself"
         )
-    return Layout(out=1, lookup=True) if fits == shape[::-1] else Layout()
+    return Layout(out=1, lookup=True) if fits == shape[::-1] != shape else Layout()
 
 
 def items(

@@ -109,7 +109,7 @@ def merge_files(
         LoraparamError: ``out`` is the base or lies inside it; a merged weight that is not finite.
 
     Example:
-        >>> import loraparam as lp, tempfile
+        >>> import loraparam as lp, tempfile, torch
         >>> from safetensors.torch import load_file, save_file
         >>> model = torch.nn.Linear(4, 6)
         >>> with tempfile.TemporaryDirectory() as folder:
