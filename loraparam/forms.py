@@ -48,6 +48,8 @@ class Form:
         noisy: in training, where methods may drop.
         window: the rows that the next operation acts on: a slice target's; None for all.
         squares: gives ‖W‖² along an axis, which a frozen W need not compute twice.
+        index: where this is part of a stack, the matrices of the terms that it takes. Gathered when they are used: a
+            copy for each token is more than the stack, and would be kept for backward.
     """
 
     weight: Tensor
@@ -58,6 +60,7 @@ class Form:
     noisy: bool = False
     window: tuple[int, int] | None = None
     squares: Callable[[Axis], Tensor] | None = None
+    index: Tensor | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -161,6 +164,14 @@ class Form:
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float | Tensor] | None:
         """(A, B, s) of all terms in one pair, in a dtype; None where there are none."""
+        pair = self.stacked_factors(dtype)
+        if pair is None or self.index is None:
+            return pair
+        A, B, scale = pair
+        return A[self.index], B[self.index], scale
+
+    def stacked_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float | Tensor] | None:
+        """``factors`` of all matrices of the stack, where ``index`` takes some."""
         if not self.terms:
             return None
         if len(self.terms) == 1 and self.terms[0].stop is None:
@@ -238,9 +249,12 @@ class Form:
         if self.layout.batch != (0,):
             return None
         row, col = (None if scale is None else scale[index] for scale in (self.row, self.col))
+        taken = replace(self, weight=self.weight[index], row=row, col=col, squares=None)
+        index = index if self.index is None else self.index[index]
+        if isinstance(index, Tensor) and index.dim():
+            return replace(taken, index=index)
         terms = tuple(t._replace(A=t.A[index], B=t.B[index]) for t in self.terms)
-        layout = self.layout.select(0) if isinstance(index, int) else self.layout
-        return replace(self, weight=self.weight[index], layout=layout, terms=terms, row=row, col=col, squares=None)
+        return replace(taken, layout=self.layout.select(0), terms=terms, index=None)
 
     def transpose(self) -> Form | None:
         """``weight.mT`` of one matrix, or of a stack with a leading batch dim."""

@@ -64,6 +64,20 @@ def small_first(
     return y if bias is early else y.add_(bias), base  # type: ignore[arg-type]
 
 
+def gathered(
+    x: Tensor,  # (n, *tokens, in)
+    down: Tensor,  # (E, r, in)
+    up: Tensor,  # (E, out, r)
+    index: Tensor,  # (n,), which of the E
+) -> Tensor:
+    """x·downᵀ·upᵀ by the matrices that index takes, (n, *tokens, out).
+
+    Saves x and the stacks; gathers again in its backward, where torch would keep a copy of the factors for each of n.
+    """
+    y: Tensor = _Gathered.apply(x, down, up, index)  # type: ignore[no-untyped-call]
+    return y
+
+
 def reshaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A fresh tensor in another shape, and no view, as torch's own products return it.
 
@@ -112,3 +126,29 @@ class _Linear(torch.autograd.Function):
         if needs[3]:
             grad_row = (g * base).sum(0)
         return grad_x, grad_W, grad_bias, grad_row, grad_A, grad_B, None
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, up: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(x, down, up, index)
+        return (x @ down[index].mT) @ up[index].mT
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, down, up, index = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_x = grad_down = grad_up = None
+        own = down[index]
+        if needs[2]:
+            grad_up = _onto(up, index, grad.mT @ (x @ own.mT))
+        if needs[0] or needs[1]:
+            g_thin = grad @ up[index]
+            grad_x = g_thin @ own if needs[0] else None
+            grad_down = _onto(down, index, g_thin.mT @ x) if needs[1] else None
+        return grad_x, grad_down, grad_up, None
+
+
+def _onto(stack: Tensor, index: Tensor, parts: Tensor) -> Tensor:
+    """The sum of parts by the matrix of the stack that each is for."""
+    return torch.zeros_like(stack).index_add(0, index.remainder(len(stack)), parts)  # which takes no negative one

@@ -275,6 +275,9 @@ class Head:
         whole = all(entry.part is None for entry, _, _ in self._steps)
         if layout is None or layout.batch != (0,) or not whole:
             return None
+        if isinstance(index, Tensor) and (len(index) >= len(base) or all(e.method.additive for e, _, _ in self._steps)):
+            form = self.form()  # as many matrices as there are, or nothing to normalise
+            return None if form is None else form.take(index)
         steps = [(e, strength, {name: t[index] for name, t in own.items()}) for e, strength, own in self._steps]
         own_layout = layout.select(0) if isinstance(index, int) else layout
 

@@ -19,12 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 LINEAR = ("llama 64×37", "encoder", "gpt-2", "tied head")
 EXPERTS = ("mixtral eager", "mixtral grouped_mm", "mixtral batched_mm")
 NAMES = (*LINEAR, "convolutions", *EXPERTS)
-_gathered = pytest.mark.xfail(
-    strict=True,
-    reason="a pair of factors is gathered for each token and kept; PEFT merges the whole stack and gathers that, which "
-    "keeps nothing and takes twice the time",
-)
-NAMES_OF_SAVED = (*NAMES[:-1], pytest.param(NAMES[-1], marks=_gathered))
 OURS = ("LoRA", "LoRA merged", "full", "DoRA", "after merge")
 
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
@@ -105,7 +99,7 @@ class TestRun:
             assert sum(made[dense].values()) > 0
 
     @needs_peft
-    @pytest.mark.parametrize("name", NAMES_OF_SAVED)
+    @pytest.mark.parametrize("name", NAMES)
     def test_lora_saves_no_more_than_peft(self, measured, name):
         saved = by_name(measured[0])[name]["saved"]
         assert saved["frozen"] < saved["LoRA"] <= saved["PEFT LoRA"]

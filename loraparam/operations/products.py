@@ -27,7 +27,7 @@ def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = Non
     if pre is not None or post is not None:
         pre, post = _as(pre, x, form), _as(post, x, form)
     scaled = x if pre is None else x * pre
-    pair = form.factors(x.dtype)
+    pair = form.stacked_factors(x.dtype)
     if pair is None or form.drops_input:
         y = _base(scaled, form, out_to_in)
         y = y if post is None else y * post
@@ -38,7 +38,7 @@ def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = Non
     down, up = (B.mT, A.mT) if out_to_in else (A, B)
     if not _is_plain(x, form) or not isinstance(scale, float):
         y = _base(scaled, form, out_to_in)
-        y = scale * ((x @ down.mT) @ up.mT) + (y if post is None else y * post)
+        y = scale * _thin(x, down, up, form.index) + (y if post is None else y * post)
         # Under autocast the product has a narrower dtype than the bias.
         return y if bias is None else y + bias.to(y.dtype)
     matrix = form.weight if form.is_transposed == out_to_in else form.weight.t()
@@ -51,6 +51,15 @@ def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = Non
     else:
         y = fused.small_first(scaled, F.linear(flat, down), matrix, bias, post, up, scale)[0]
     return y if x.dim() == 2 else fused.reshaped(y, (*x.shape[:-1], y.shape[-1]))
+
+
+def _thin(x: Tensor, down: Tensor, up: Tensor, index: Tensor | None) -> Tensor:
+    """x·downᵀ·upᵀ, of the matrices of a stack that ``index`` takes."""
+    if index is None:
+        return (x @ down.mT) @ up.mT
+    if autocasts(x):
+        return (x @ down[index].mT) @ up[index].mT
+    return fused.gathered(x, down, up, index)
 
 
 def _is_plain(x: Tensor, form: Form) -> bool:
