@@ -48,6 +48,18 @@ def test_two_processes(name: str, results: list[dict[str, str]]) -> None:
     assert errors == ["", ""], "\n".join(errors)
 
 
+def launched(arguments: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *arguments],
+        cwd=folder,
+        env={**ENVIRONMENT, **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
 def test_the_recipe_gives_the_same_on_two_processes_as_on_one(tmp_path: Path) -> None:
     document = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
     script = tmp_path / "train.py"
@@ -56,15 +68,11 @@ def test_the_recipe_gives_the_same_on_two_processes_as_on_one(tmp_path: Path) ->
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     printed, adapters = [], []
     for launch, environment in (([], alone), (torchrun, {})):
-        result = subprocess.run(
-            [sys.executable, "-W", "ignore", *launch, str(script)],
-            cwd=tmp_path,
-            env={**ENVIRONMENT, **environment},
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
+        result = launched([*launch, str(script)], tmp_path, environment)
+        if "terminate called without an active exception" in result.stderr:
+            # gloo's threads and the end of the interpreter race (https://github.com/pytorch/pytorch/pull/179291): one
+            # process in some hundreds aborts when all is done.
+            result = launched([*launch, str(script)], tmp_path, environment)
         assert result.returncode == 0, result.stderr
         printed.append(result.stdout)
         adapters.append(load_file(tmp_path / "adapter.safetensors"))

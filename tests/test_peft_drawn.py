@@ -109,7 +109,7 @@ def test_what_peft_merges_is_what_we_load(drawn: tuple[str, dict[str, Any]]) -> 
     close(lp.merged_state_dict(base), merged)
 
 
-@pytest.mark.parametrize("name, saved", [("attention", "attn"), ("linear", "norm"), ("like names", "net")])
+@pytest.mark.parametrize(("name", "saved"), [("attention", "attn"), ("linear", "norm"), ("like names", "net")])
 def test_with_every_bias_modules_to_save_are_in_the_file_three_times(name: str, saved: str, tmp_path: Path) -> None:
     """Of a module that is stored whole, bias="all" also stores the copy in use and the original, at any depth."""
     base, _ = base_and_input(name)
@@ -117,7 +117,8 @@ def test_with_every_bias_modules_to_save_are_in_the_file_three_times(name: str, 
     model = trained(base, peft.LoraConfig(r=1, target_modules=head, bias="all", modules_to_save=[saved]))
     merged = saved_and_merged(model, tmp_path)
     keys = load_file(tmp_path / "adapter_model.safetensors")
-    assert any(".original_module." in key for key in keys) and any(".modules_to_save." in key for key in keys)
+    assert any(".original_module." in key for key in keys)
+    assert any(".modules_to_save." in key for key in keys)
     lp.load(base, tmp_path)
     close(lp.merged_state_dict(base), merged)
 
