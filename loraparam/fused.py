@@ -106,7 +106,12 @@ class _Linear(torch.autograd.Function):
             # Differentiated again: intermediates have to be functions of the inputs.
             thin, base = x2 @ A.t(), None if base is None else F.linear(x2, W)
         grad_x = grad_W = grad_bias = grad_row = grad_A = grad_B = None
-        g_base = g if row is None else g * row
+        room = None
+        if needs[3]:
+            room = g * base
+            grad_row = room.sum(0)
+        # In memory that is there: to get it costs as much as to multiply.
+        g_base = g if row is None else torch.mul(g, row, out=None if torch.is_grad_enabled() else room)
         # What reads g comes together, while it is in the cache; x comes last.
         if needs[0] or needs[4]:
             g_thin = torch.mm(g, B)
@@ -123,8 +128,6 @@ class _Linear(torch.autograd.Function):
             grad_W = g_base.t() @ x2
         if needs[2]:
             grad_bias = g.sum(0)
-        if needs[3]:
-            grad_row = (g * base).sum(0)
         return grad_x, grad_W, grad_bias, grad_row, grad_A, grad_B, None
 
 
