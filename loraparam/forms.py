@@ -130,7 +130,7 @@ class Form:
             # Rounding is relative to the parts, W and s·B·A: where ‖M‖ is a tenth of ‖W‖, the other part is at most
             # eleven times ‖M‖, so at most two digits are lost.
             if bool((squared >= 1e-2 * own).all()):
-                return squared.sqrt()
+                return _root(squared)
         return row_norm(self.dense(), axis)
 
     def _expanded(self, axis: Axis) -> tuple[Tensor, Tensor]:
@@ -280,6 +280,14 @@ class Form:
 def squared_norm(matrix: Tensor, axis: Axis) -> Tensor:
     """‖W‖² per output row, or per input column."""
     return matrix.square().sum(-1 if axis == "out" else -2)
+
+
+def _root(squared: Tensor) -> Tensor:
+    """The square root with a gradient of zero at zero, as ``vector_norm`` has it, where plain sqrt gives 0·∞."""
+    if not squared.requires_grad:
+        return squared.sqrt()
+    zero = squared == 0
+    return squared.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
 
 
 def _rows(scales: Tensor, term: Term) -> Tensor:

@@ -120,6 +120,19 @@ def test_check_method_accepts(method: lp.Method) -> None:
     check_method(method, max_examples=5)
 
 
+@pytest.mark.parametrize("method", [lp.DoRA(r=1, detach_norm=False), lp.Magnitude()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("kind", ["factored", "merged"])
+def test_a_zero_row_poisons_no_gradient(method: lp.Method, kind: str) -> None:
+    """A norm that is differentiated has no NaN at a row without a direction, in either execution."""
+    layer = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        layer.weight[0] = 0
+    lp.attach(layer, method, freeze=False)
+    with lp.execution(kind):
+        layer(torch.randn(2, 3)).sum().backward()
+    assert [name for name, p in layer.named_parameters() if not torch.isfinite(p.grad).all()] == []
+
+
 def test_functional_core_under_vmap() -> None:
     """A stack of factors is a batch of adapters on one weight."""
     W, A, B = torch.randn(3, 4), torch.randn(5, 2, 4), torch.randn(5, 3, 2)
