@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import loraparam as lp
 from loraparam import guarded, merging
 from loraparam.methods import REGISTRY
 from loraparam.methods.lowrank import LowRank
 from loraparam.stack import AdapterFactors, AdapterStack
-from loraparam.testing import check_layer, check_method, laws, method_laws, state_laws
+from loraparam.testing import check_layer, check_method, check_model, laws, method_laws, state_laws
 
 make_layer: Callable[[], nn.Module] = lambda: nn.Linear(4, 3)  # noqa: E731
 make_inputs: Callable[[], Any] = lambda: (torch.randn(2, 4),)  # noqa: E731
@@ -57,6 +58,10 @@ class Broken(lp.Method):
             effective = effective + 0 * (gain - gain.detach()).abs().sqrt().to(weight.dtype)
         return effective
 
+    def factored(self, form: Any, factors: dict[str, Tensor]) -> Any:
+        gain = factors["gain"].expand(*form.sizes[0], -1)
+        return form.scale_rows(gain.detach() if self.how == "structured" else gain)
+
     @property
     def additive(self) -> bool:
         return self.how == "additive"
@@ -65,18 +70,20 @@ class Broken(lp.Method):
         return {"how": ""} if self.how == "config" else super().config()
 
 
+# {law: (what breaks it, what the failure says of it)}
 BROKEN_METHODS = {
-    "neutral": "start",
-    "keeps_form": "write",
-    "deterministic": "random",
-    "factors_are_trainable": "dtype",
-    "right_gradients": "gradient",
-    "finite_gradients": "nan",
-    "layout_is_only_a_view": "layout",
-    "batches_are_independent": "batch",
-    "rounded_once": "rounding",
-    "additive_as_declared": "additive",
-    "config_round_trip": "config",
+    "neutral": ("start", "apply with fresh factors: "),
+    "keeps_form": ("write", "apply wrote into its arguments"),
+    "deterministic": ("random", "gain: another start from the same generator"),
+    "factors_are_trainable": ("dtype", "gain: torch.float16 for a weight in"),
+    "right_gradients": ("gradient", "the gradient of weight is not that of finite differences"),
+    "factored_is_apply": ("structured", "the structured form's gradient of gain"),
+    "finite_gradients": ("nan", "the gradient of gain is not finite"),
+    "layout_is_only_a_view": ("layout", "through the layout"),
+    "batches_are_independent": ("batch", "matrix 0 of a stack"),
+    "rounded_once": ("rounding", "apply in bfloat16"),
+    "additive_as_declared": ("additive", "the difference on another weight"),
+    "config_round_trip": ("config", "is another method"),
 }
 
 
@@ -99,12 +106,10 @@ def test_the_healthy_gain_passes() -> None:
 
 @pytest.mark.parametrize("law", method_laws.METHOD_LAWS, ids=lambda law: law.__name__)
 def test_method_law_fails(law: Any) -> None:
-    """Each law of methods finds the gain that breaks it."""
-    method = Broken(how=BROKEN_METHODS[law.__name__])
-    layout = lp.Layout(out=2, batch=(0,))
-    with pytest.raises((AssertionError, RuntimeError)):
-        law(method, torch.randn(3, 4, 2), layout)
-    law(replace(method, how=""), torch.randn(3, 4, 2), layout)
+    """Each law of methods finds the gain that breaks it, and says what differs."""
+    how, what = BROKEN_METHODS[law.__name__]
+    with pytest.raises(AssertionError, match=rf"law '{law.__name__}' is broken by Broken\(how='{how}'\) on.*{what}"):
+        check_method(Broken(how=how), only=[law.__name__])
 
 
 def _base_instead(self: AdapterStack, base: Tensor, entries: list[AdapterFactors], *, noisy: bool = False) -> Tensor:
@@ -208,16 +213,90 @@ BROKEN_LAYERS: dict[str, tuple[Any, str, Any]] = {
 }
 
 
+# {law: what its failure says}
+SAYS = {
+    "equivalence": "gradient of (0.)?weight.default.lora_A: Mismatched elements",
+    "finite_differences": "gradients are not those of finite differences",
+    "neutral_start": "outputs right after attach: Mismatched",
+    "effect": "(0.)?weight: moving its factors changes nothing",
+    "trains": "dead targets?: read, but no gradient arrived: '(0.)?weight'",
+    "composition": "(0.)?weight under two adapters: Mismatched",
+    "exact_undo": "parameter '(0.)?weight': Mismatched",
+    "exact_blocks": r"outputs inside merged\(\): Mismatched",
+    "merge_keeps_outputs": "outputs after merge: Mismatched",
+    "no_drift": "the base after 20 cycles: Mismatched",
+    "all_or_nothing": "a second attach under the same name was not refused",
+    "state_round_trip": "factors after load_state_dict: Mismatched",
+    "file_round_trip": "factors after load: Mismatched",
+    "original_checkpoint_loads": "RuntimeError: .* in loading state_dict",
+    "copies_are_independent": "'(0.)?weight' is tied with 1 place outside of this module",
+    "pickles_are_independent": "outputs of a copy: Mismatched",
+    "compiled_equals_eager": "output 0, compiled: Mismatched",
+}
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    "method": lambda law: check_method(lp.LoRA(r=1), only=[law]),
+    "layer": lambda law: check_layer(make_layer, make_inputs, methods=[lp.LoRA(r=1)], only=[law]),
+    "model": lambda law: check_model(make_layer(), *make_inputs(), only=[law]),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("law", BROKEN_LAYERS)
-def test_layer_law_fails(law: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each law of layers finds the library that breaks it, and names itself."""
+def test_layer_law_fails(law: str, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each law of layers finds the library that breaks it, and names itself and what differs; in every check."""
     where, attribute, broken = BROKEN_LAYERS[law]
     monkeypatch.setattr(where, attribute, broken)
     monkeypatch.setattr(guarded, "_classes", {})
-    with pytest.raises(AssertionError, match=rf"law '{law}' is broken by"):
-        check_layer(make_layer, make_inputs, methods=[lp.LoRA(r=1)], only=[law])
+    with pytest.raises(AssertionError, match=rf"law '{law}' is broken by (Linear|ConvThenLinear), LoRA.*: {SAYS[law]}"):
+        CHECKS[check](law)
     monkeypatch.undo()
-    check_layer(make_layer, make_inputs, methods=[lp.LoRA(r=1)], only=[law])
+    CHECKS[check](law)
+
+
+class Odd(nn.Linear):
+    """A layer that defeats one law by what a user's own layer may well do."""
+
+    how = ""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if self.how == "detaches":
+            weight = weight.detach()
+        if self.how == "writes" and parametrize.is_parametrized(self):
+            with torch.no_grad():
+                self.parametrizations.weight.original.mul_(1.001)
+        if self.how == "looks" and parametrize.is_parametrized(self):
+            weight = 1.1 * weight
+        if self.how == "compiled" and torch.compiler.is_compiling():
+            weight = 1.1 * weight
+        return x @ weight.T
+
+    def _load_from_state_dict(self, state: Any, *args: Any) -> None:
+        if self.how != "deaf":
+            super()._load_from_state_dict(state, *args)
+
+
+# {how: {law that it breaks: what the failure says}}
+ODD = {
+    "detaches": {"trains": "dead target: read, but no gradient arrived: 'weight'"},
+    "writes": {"exact_undo": "parameter 'weight'", "no_drift": "the base after 20 cycles"},
+    "looks": {"neutral_start": "outputs right after attach", "merge_keeps_outputs": "outputs after merge"},
+    "compiled": {"compiled_equals_eager": "output 0, compiled"},
+    "deaf": {"state_round_trip": "outputs under merged_state_dict"},
+}
+
+
+@pytest.mark.parametrize(("how", "law"), [(how, law) for how, own in ODD.items() for law in own])
+def test_odd_layer_fails(how: str, law: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer does wrong with nothing of the library broken."""
+    check_layer(Odd, make_inputs, methods=[lp.LoRA(r=1)], only=[law])
+    monkeypatch.setattr(Odd, "how", how)
+    with pytest.raises(AssertionError, match=rf"law '{law}' is broken by Odd, LoRA.*: {ODD[how][law]}"):
+        check_layer(Odd, make_inputs, methods=[lp.LoRA(r=1)], only=[law])
 
 
 def test_failures_name_law_and_subject(monkeypatch: pytest.MonkeyPatch) -> None:

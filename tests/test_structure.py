@@ -57,9 +57,9 @@ FLOORS = (
     ("tools.*",),
     ("tools",),
     ("",),  # the public surface
-    ("dropins", "integrations", "testing.*", "cli.demo_data", "cli.common"),
-    ("loralib", "loratorch", "integrations.*", "testing.references", "testing.method_laws", "cli.demo_*"),
-    ("testing.layer_laws", "testing.undo_laws", "testing.state_laws", "cli.*"),
+    ("dropins", "integrations", "testing.layer_cases", "testing.subjects", "testing.comparisons", "cli.demo_data"),
+    ("loralib", "loratorch", "integrations.*", "testing.*", "cli.common", "cli.demo_*"),
+    ("testing.layer_laws", "testing.undo_laws", "testing.state_laws", "testing.layers", "cli.*"),
     ("testing.laws", "cli"),
     ("testing.checks",),
     ("testing.parametrization",),

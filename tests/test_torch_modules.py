@@ -13,7 +13,8 @@ from torch import nn
 
 import loraparam as lp
 from loraparam.testing import Subject, parametrize
-from loraparam.testing.layers import Listed, SelfAttention
+from loraparam.testing.holders import Listed
+from loraparam.testing.torch_layers import SelfAttention
 
 Case = tuple[lp.Method, Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]
 

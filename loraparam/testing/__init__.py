@@ -21,7 +21,7 @@ from .checks import check_layer as check_layer
 from .checks import check_method as check_method
 from .checks import check_model as check_model
 from .checks import laws as laws
-from .layers import LayerCase as LayerCase
+from .layer_cases import LayerCase as LayerCase
 from .layers import layers as layers
 from .parametrization import parametrize as parametrize
 from .strategies import layouts as layouts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +13,16 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ..errors import LoraparamError, nearest
 from ..layouts import Layout
 from ..methods import IA3, DoRA, Full, LoRA, Magnitude, Method
 from ..targets import ALL_LINEAR, Targets
+from .comparisons import same
+from .holders import ConvThenLinear
 from .laws import LAYER_LAWS, Law
 from .method_laws import METHOD_LAWS, MethodLaw
 from .strategies import layouts, weights
-from .subjects import Subject
+from .subjects import Inputs, Subject
 
 METHODS = (LoRA(r=1), DoRA(r=1), Magnitude(), IA3(), Full())
 
@@ -34,27 +37,48 @@ def laws() -> dict[str, str]:
     return {law.__name__: (law.__doc__ or "").strip() for law in (*METHOD_LAWS, *LAYER_LAWS)}
 
 
-def check_method(method: Method, *, max_examples: int = 30) -> None:
-    """Check the laws of a method on weights, layouts and dtypes drawn by Hypothesis.
+def check_method(method: Method, *, max_examples: int = 30, only: Sequence[str] | None = None) -> None:
+    """Check the laws of a method on drawn weights, layouts and dtypes, then all others on a small network.
 
     Args:
         method: an instance; give it a rank of 1, which fits every weight drawn.
         max_examples: weights drawn per law.
+        only: names of laws, if not all.
 
     Raises:
         AssertionError: naming the law that is broken, with the smallest weight found.
+        LoraparamError: there is no law of a name in ``only``.
 
     Example:
         >>> check_method(Magnitude(axis="in"), max_examples=5)
     """
+    given: object = method
+    if not isinstance(given, Method):
+        raise LoraparamError(f"check_method takes a method, such as lp.LoRA(r=1), not {given!r}")
+    names = _names(only, list(laws()))
     for law in METHOD_LAWS:
-        run_method_law(law, method, max_examples)
+        if law.__name__ in names:
+            run_method_law(law, method, max_examples)
+    others = [law.__name__ for law in LAYER_LAWS if law.__name__ in names]
+    if others:
+        subject = attached(method)
+        check_layer(subject.make_layer, subject.make_inputs, methods=[method], only=others)
+
+
+def attached(method: Method) -> Subject:
+    """The method on a small network, for the laws of adapted layers."""
+    return Subject(ConvThenLinear, lambda: (torch.randn(2, 4, 3),), method)
 
 
 def run_method_law(law: MethodLaw, method: Method, max_examples: int = 30) -> None:
     """Check one law of a method on drawn weights."""
 
-    @hypothesis.settings(max_examples=max_examples, deadline=None, database=None)
+    # One failure, the smallest, said shortly.
+    phases = [phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.explain]
+
+    @hypothesis.settings(
+        max_examples=max_examples, deadline=None, database=None, report_multiple_bugs=False, phases=phases
+    )
     @hypothesis.given(layout_and_weight=layouts().flatmap(_with_weight))
     def holds(layout_and_weight: tuple[Layout, Tensor]) -> None:
         layout, weight = layout_and_weight
@@ -70,7 +94,7 @@ def _with_weight(layout: Layout) -> st.SearchStrategy[tuple[Layout, Tensor]]:
 
 def check_layer(
     make_layer: Callable[[], nn.Module],
-    make_inputs: Callable[[], Sequence[Any]],
+    make_inputs: Callable[[], Inputs],
     *,
     methods: Sequence[Method] = METHODS,
     targets: Targets | None = None,
@@ -81,7 +105,7 @@ def check_layer(
 
     Args:
         make_layer: builds the layer; called many times, each under the same seed.
-        make_inputs: builds its positional arguments; likewise.
+        make_inputs: builds its positional arguments, or a mapping of keyword arguments; likewise.
         methods: what to attach; a method that fits none of the parameters is skipped.
         targets: which parameters; default: all the method fits.
         dtypes: to cast the layer and its inputs to; None leaves them.
@@ -89,8 +113,13 @@ def check_layer(
 
     Raises:
         AssertionError: naming the law that is broken, the method, the dtype and the mode.
+        LoraparamError: what the laws say nothing about: the plain layer cannot be built or run, or not twice alike;
+            or there is no law of a name in ``only``.
     """
-    chosen = [law for law in LAYER_LAWS if only is None or law.__name__ in only]
+    if isinstance(make_layer, nn.Module):
+        name = type(make_layer).__name__
+        raise LoraparamError(f"check_layer takes a function that makes the layer, not a {name}; or use check_model")
+    chosen = _chosen(only)
     checked = 0
     for method in methods:
         subject = Subject(make_layer, make_inputs, method, targets)
@@ -103,25 +132,53 @@ def check_layer(
     assert checked, "none of the methods fits a parameter of this layer"
 
 
-def check_model(model: nn.Module, *inputs: Any, targets: Targets = ALL_LINEAR, method: Method | None = None) -> None:
+def check_model(
+    model: nn.Module,
+    *inputs: Any,
+    keywords: Mapping[str, Any] | None = None,
+    targets: Targets = ALL_LINEAR,
+    exclude: Targets = (),
+    method: Method | None = None,
+    only: Sequence[str] | None = None,
+) -> None:
     """Check the laws of adapted layers on a whole model, in its present mode. The model itself is not touched.
 
     Args:
         model: any module that can be deep-copied.
         inputs: its positional arguments.
+        keywords: its keyword arguments, if it takes those instead.
         targets: which parameters.
+        exclude: parameters to leave out, such as those that ``trains`` names because no gradient reaches them.
         method: what to attach; default ``LoRA(r=1)``.
+        only: names of laws, if not all.
 
     Raises:
         AssertionError: naming the law that is broken.
+        LoraparamError: what the laws say nothing about: no target, a plain model that cannot be run, or not twice
+            alike; or inputs in both ways; or there is no law of a name in ``only``.
 
     Example:
         >>> check_model(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4))
     """
-    subject = Subject(
-        lambda: copy.deepcopy(model), lambda: inputs, method or LoRA(r=1), targets, training=model.training
-    )
-    _run(LAYER_LAWS, subject)
+    if inputs and keywords:
+        raise LoraparamError("check_model takes positional inputs or keywords=, not both")
+    given = keywords if keywords is not None else inputs
+    plain = Subject(lambda: copy.deepcopy(model), lambda: given, method or LoRA(r=1), targets)
+    _run(_chosen(only), replace(plain, exclude=exclude, training=model.training))
+
+
+def _chosen(only: Sequence[str] | None) -> list[Law]:
+    """The laws of adapted layers of these names."""
+    names = _names(only, [law.__name__ for law in LAYER_LAWS])
+    return [law for law in LAYER_LAWS if law.__name__ in names]
+
+
+def _names(only: Sequence[str] | None, known: Sequence[str]) -> Sequence[str]:
+    """The names given, or all; one that is not known is refused."""
+    for name in only or ():
+        if name not in known:
+            raise LoraparamError(f"no law named {name!r}{nearest(name, known)}")
+    return known if only is None else only
 
 
 def run_layer_law(law: Law, subject: Subject) -> None:
@@ -131,8 +188,28 @@ def run_layer_law(law: Law, subject: Subject) -> None:
 
 
 def _run(chosen: Sequence[Law], subject: Subject) -> None:
+    _need_plain(subject)
     for law in chosen:
         run_layer_law(law, subject)
+
+
+def _need_plain(subject: Subject) -> None:
+    """Refuse a subject about which the laws say nothing, as something is wrong with nothing attached."""
+    subject.plan()
+    name = type(subject.plain()).__name__
+    inputs: object = subject.make_inputs()
+    if isinstance(inputs, Tensor):
+        raise LoraparamError("inputs are a sequence of arguments, such as (x,), or a mapping; not a tensor")
+    try:
+        first, second = (subject.run(subject.plain()) for _ in range(2))
+    except Exception as error:
+        raise LoraparamError(f"{name} fails before anything is attached: {type(error).__name__}: {error}") from error
+    if not first:
+        raise LoraparamError(f"{name} has no output that is a floating-point tensor")
+    try:
+        same(second, first, "outputs of a second run")
+    except AssertionError as error:
+        raise LoraparamError(f"{name} differs from itself when built and run again under one seed: {error}") from error
 
 
 @contextlib.contextmanager
@@ -143,4 +220,5 @@ def _naming(law: str, subject: str) -> Iterator[None]:
     except hypothesis.errors.HypothesisException:
         raise
     except Exception as error:
-        raise AssertionError(f"law {law!r} is broken by {subject}: {error}") from error
+        kind = "" if isinstance(error, AssertionError | LoraparamError) else f"{type(error).__name__}: "
+        raise AssertionError(f"law {law!r} is broken by {subject}: {kind}{error}") from error

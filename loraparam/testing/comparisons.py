@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,16 @@ from torch.testing import assert_close
 # Relative to the largest element: rounding of the layer's own arithmetic, which may differ in order between a
 # factored and a dense evaluation, over sums of up to a few hundred terms.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+def brief(what: str) -> Callable[[str], str]:
+    """torch's message of two tensors that differ, on one line: how many elements, by how much, where."""
+
+    def shortened(text: str) -> str:
+        lines = [line for line in text.splitlines() if line and not line.startswith(("Tensor-likes", "Greatest rel"))]
+        return f"{what}: {'; '.join(lines)}"
+
+    return shortened
 
 
 def close(actual: Tensor, expected: Tensor, what: str, dtype: torch.dtype | None = None, slack: float = 0.0) -> None:
@@ -25,7 +36,7 @@ def close(actual: Tensor, expected: Tensor, what: str, dtype: torch.dtype | None
         rtol=0,
         atol=tolerance * max(scale, 1.0) + slack,
         equal_nan=False,
-        msg=lambda text: f"{what}: {text}",
+        msg=brief(what),
     )
 
 
@@ -39,7 +50,7 @@ def same(actual: list[Tensor], expected: list[Tensor], what: str) -> None:
 def identical(actual: list[Tensor], expected: list[Tensor], what: str) -> None:
     """Compare outputs bit for bit."""
     for a, e in zip(actual, expected, strict=True):
-        assert_close(a, e, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}")
+        assert_close(a, e, rtol=0, atol=0, equal_nan=True, msg=brief(what))
 
 
 def mark(layer: nn.Module) -> dict[str, Any]:
@@ -62,7 +73,8 @@ def assert_mark(layer: nn.Module, before: dict[str, Any]) -> None:
     assert [name for name, _ in after["objects"]] == names, "parameter names or their order changed"
     moved = [n for (n, old), (_, new) in zip(before["objects"], after["objects"], strict=True) if old is not new]
     assert not moved, f"other Parameter objects at {moved}"
-    identical(after["bits"], before["bits"], "parameters")
+    for name, now, then in zip(names, after["bits"], before["bits"], strict=True):
+        identical([now], [then], f"parameter {name!r}")
     for what in ("flags", "keys", "classes", "modes"):
         assert after[what] == before[what], f"{what} changed: {before[what]} -> {after[what]}"
 

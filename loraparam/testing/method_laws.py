@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from ..forms import Form
 from ..functional import compute_dtype
 from ..layouts import Layout
 from ..methods import Factors, Method
-from .comparisons import close
+from .comparisons import brief, close
 
 MethodLaw = Callable[[Method, Tensor, Layout], None]
 
@@ -72,13 +73,40 @@ def right_gradients(method: Method, weight: Tensor, layout: Layout) -> None:
     # At a zero row a norm has no derivative.
     rows = layout.matrix(weight)
     if method.exact_gradient and bool((rows.norm(dim=-1) > 0).all() and (rows.norm(dim=-2) > 0).all()):
-        names = list(factors)
+        names = ["weight", *factors]
         tensors = [t.requires_grad_() for t in (weight.clone(), *factors.values())]
 
         def function(W: Tensor, *values: Tensor) -> Tensor:
-            return method.apply(W, dict(zip(names, values, strict=True)), layout)
+            return method.apply(W, dict(zip(names[1:], values, strict=True)), layout)
 
-        assert torch.autograd.gradcheck(function, tensors), "gradcheck failed"
+        for name, tensor in zip(names, tensors, strict=True):
+            # One at a time, so that the failure names it.
+            inputs = [t if t is tensor else t.detach() for t in tensors]
+            right = torch.autograd.gradcheck(function, inputs, raise_exception=False)
+            assert right, f"the gradient of {name} is not that of finite differences"
+
+
+def factored_is_apply(method: Method, weight: Tensor, layout: Layout) -> None:
+    """Where the method has a structured form, that has the values and the gradients of ``apply``."""
+    if not layout.is_matrix(weight.shape):
+        return
+    weight = weight.double()
+    names, tensors = zip(*{"weight": weight, **moved(method, weight, layout)}.items(), strict=True)
+    own, dense = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
+    form = method.factored(Form(own[0], layout), dict(zip(names[1:], own[1:], strict=True)))
+    if form is None:
+        return
+    effective = method.apply(dense[0], dict(zip(names[1:], dense[1:], strict=True)), layout)
+    structured = form.tensor()
+    assert structured.shape == effective.shape, f"shape {tuple(structured.shape)}, not {tuple(effective.shape)}"
+    close(structured, effective, "the structured form's value")
+    upstream = torch.randn(effective.shape, generator=torch.Generator().manual_seed(5), dtype=effective.dtype)
+    found, expected = (
+        torch.autograd.grad(result, inputs, upstream, allow_unused=True, materialize_grads=True)
+        for result, inputs in ((structured, own), (effective, dense))
+    )
+    for name, got, want in zip(names, found, expected, strict=True):
+        close(got, want, f"the structured form's gradient of {name}")
 
 
 def finite_gradients(method: Method, weight: Tensor, layout: Layout) -> None:
@@ -105,7 +133,7 @@ def layout_is_only_a_view(method: Method, weight: Tensor, layout: Layout) -> Non
     alike = {name for name, t in method.init(odd, layout).items() if t.shape == odd.shape}
     own = {name: layout.matrix(t) if name in alike else t for name, t in factors.items()}
     expected = layout.tensor(method.apply(matrix, own, plain), weight.shape)
-    assert_close(method.apply(weight, factors, layout), expected, rtol=0, atol=0, msg="the layout changes the result")
+    assert_close(method.apply(weight, factors, layout), expected, rtol=0, atol=0, msg=brief("through the layout"))
 
 
 def batches_are_independent(method: Method, weight: Tensor, layout: Layout) -> None:
@@ -129,7 +157,8 @@ def rounded_once(method: Method, weight: Tensor, layout: Layout) -> None:
     factors = {name: t.float() for name, t in moved(method, weight.float(), layout).items()}
     exact = method.apply(low.double(), {name: t.double() for name, t in factors.items()}, layout)
     # Half a unit of bfloat16's 8 bits, and float32 arithmetic on the way to it.
-    assert_close(method.apply(low, factors, layout).double(), exact, rtol=2**-8, atol=1e-5)
+    rounded = method.apply(low, factors, layout).double()
+    assert_close(rounded, exact, rtol=2**-8, atol=1e-5, msg=brief("apply in bfloat16"))
 
 
 def additive_as_declared(method: Method, weight: Tensor, layout: Layout) -> None:
@@ -153,6 +182,7 @@ METHOD_LAWS: tuple[MethodLaw, ...] = (
     deterministic,
     factors_are_trainable,
     right_gradients,
+    factored_is_apply,
     finite_gradients,
     layout_is_only_a_view,
     batches_are_independent,

@@ -10,7 +10,7 @@ import pytest
 
 from ..errors import LoraparamError, nearest
 from ..methods import Method
-from .checks import run_layer_law, run_method_law
+from .checks import attached, run_layer_law, run_method_law
 from .laws import LAYER_LAWS, Law
 from .method_laws import METHOD_LAWS
 from .subjects import Subject
@@ -25,8 +25,8 @@ def parametrize(
     """Make one test for each subject and law of a test function that takes ``law`` and calls it.
 
     Args:
-        subjects: {name: a method, for the laws of methods; or a ``Subject``, for those of adapted layers; or a
-            function that makes one, called in each test, so that collecting the tests builds nothing}.
+        subjects: {name: a method, for all laws; or a ``Subject``, for those of adapted layers; or a function that
+            makes one, called in each test, so that collecting the tests builds nothing}.
         without: names of laws to leave out.
         expected_failures: {name: {law: reason}}. Such a test has to fail: it is an error once it passes.
 
@@ -59,7 +59,8 @@ def parametrize(
 def _tests(subject: Method | Subject | Callable[[], Subject]) -> dict[str, Callable[[], None]]:
     """{name of a law: the check of it on this subject}."""
     if isinstance(subject, Method):
-        return {law.__name__: partial(run_method_law, law, subject) for law in METHOD_LAWS}
+        own = {law.__name__: partial(run_method_law, law, subject) for law in METHOD_LAWS}
+        return own | _tests(attached(subject))
     return {law.__name__: partial(_run_layer_law, law, subject) for law in LAYER_LAWS}
 
 
