@@ -24,13 +24,14 @@ def kept_squares(stack: nn.Module, base: Tensor, layout: Layout, axis: Axis) -> 
     """‖W‖² along an axis of the base of this stack."""
     if base.requires_grad or base.is_inference() or stack in _refilled:
         return squared_norm(layout.matrix(base), axis)
-    # The version counts writes in place, the pointer tells a new storage, the reference a new tensor.
+    # The version counts writes in place, the pointer tells a new storage, the reference a new tensor. It is no weak
+    # one: torch does not swap tensors (as it does to convert DTensors) to which there are some.
     key = (base.data_ptr(), base._version, base.dtype, layout)
     kept = _squares.setdefault(stack, {})
-    if axis not in kept or kept[axis][0]() is not base or kept[axis][1] != key:
+    if axis not in kept or kept[axis][0] is not base or kept[axis][1] != key:
         if in_fsdp(stack, base):
             _refilled.add(stack)
         with torch.no_grad():
-            kept[axis] = (weakref.ref(base), key, squared_norm(layout.matrix(base), axis))
+            kept[axis] = (base, key, squared_norm(layout.matrix(base), axis))
     squares: Tensor = kept[axis][2]
     return squares

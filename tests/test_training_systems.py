@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +218,63 @@ def test_averages_renew_batch_statistics() -> None:
     update_bn([X[0].flatten(0, 1)], average)
     expected = model[0](X[0].flatten(0, 1))
     assert_close(average.module[1].running_mean, expected.mean(0).detach())
+
+
+# --- weights that change places ---------------------------------------------------------------------------------
+
+
+def exchange(parameters: list[nn.Parameter], others: list[Tensor]) -> None:
+    """Swap values in place, as optimizers that keep averages do (torchcontrib's ``swap_swa_sgd``)."""
+    for parameter, other in zip(parameters, others, strict=True):
+        kept = parameter.data.clone()
+        parameter.data.copy_(other)
+        other.copy_(kept)
+
+
+def test_averages_swapped_in_to_evaluate_and_out_to_go_on(tmp_path: Path) -> None:
+    model, undisturbed = adapted(), adapted()
+    optimizers = [adamw(each) for each in (model, undisturbed)]
+    parameters = [parameter for group in optimizers[0].param_groups for parameter in group["params"]]
+    averages = [parameter.detach().clone() for parameter in parameters]
+    for x in X:
+        for each, optimizer in zip((model, undisturbed), optimizers, strict=True):
+            torch.manual_seed(4)
+            steps(each, optimizer, x[None])
+        for average, parameter in zip(averages, parameters, strict=True):
+            average.lerp_(parameter.detach(), 0.5)
+        model.eval()(x)  # what is kept of the factors must not outlive the swap
+        exchange(parameters, averages)
+        lp.save(model, tmp_path / "average.safetensors")
+        lp.load(loaded := base().eval(), tmp_path / "average.safetensors")
+        assert_close(model(x), loaded(x), **EXACT)
+        exchange(parameters, averages)
+        model.train()
+    assert_close(lp.state_dict(model), lp.state_dict(undisturbed), **EXACT)
+
+
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    """``Module.to`` and ``load_state_dict`` exchange tensors (torch.utils.swap_tensors) instead of their data."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_an_optimizer_goes_on_where_torch_swaps_parameters(swapping: None, tmp_path: Path) -> None:
+    model, plain = adapted(), adapted()
+    optimizers = [adamw(each) for each in (model, plain)]
+    for each, optimizer in zip((model, plain), optimizers, strict=True):
+        torch.manual_seed(4)
+        steps(each, optimizer, X[:3])
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    model.double().float()
+    assert_close(model.load_state_dict(torch.load(tmp_path / "model.pt")), ([], []))
+    for each, optimizer in zip((model, plain), optimizers, strict=True):
+        torch.manual_seed(5)
+        steps(each, optimizer, X[3:])
+    assert_close(lp.state_dict(model), lp.state_dict(plain), **EXACT)
+    lp.detach(model)
+    assert_close(model.state_dict(), base().state_dict(), **EXACT)
 
 
 # --- torch.func -------------------------------------------------------------------------------------------------
