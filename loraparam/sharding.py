@@ -7,6 +7,7 @@ before it comes, and stay on.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -75,6 +76,29 @@ def one_writes(tensors: Iterable[Tensor]) -> bool:
 def _tensor_module() -> Any:
     # Not imported: that takes a second, and where there is a DTensor it has been.
     return sys.modules["torch.distributed.tensor"]
+
+
+@contextlib.contextmanager
+def unflattened(model: nn.Module, *, everywhere: bool) -> Iterator[bool]:
+    """Parameters as they were before FSDP1 flattened them, to be read; every process must enter this.
+
+    Args:
+        model: FSDP1's, or any other, which stays as it is.
+        everywhere: on each process, and not on the first alone.
+
+    Yields:
+        Whether they can be read on this process.
+    """
+    module = sys.modules.get("torch.distributed.fsdp")
+    wrappers = module.FullyShardedDataParallel.fsdp_modules(model) if module else []
+    if not wrappers:
+        yield True
+        return
+    # In host memory, layer by layer: a device need not have room for all of the model.
+    offload = wrappers[0].compute_device.type != "cpu"
+    summon = wrappers[0].summon_full_params
+    with summon(model, writeback=False, rank0_only=not everywhere, offload_to_cpu=offload):
+        yield everywhere or sys.modules["torch.distributed"].get_rank() == 0
 
 
 def in_fsdp(module: nn.Module, *tensors: Any) -> bool:

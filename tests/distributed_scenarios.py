@@ -1,17 +1,12 @@
-"""What two processes do together; run by test_distributed.py as ``python distributed_scenarios.py RANK FOLDER``.
+"""What two processes do together; run by test_distributed.py.
 
 Each scenario trains or saves an adapted model that is spread over both, and compares with one process alone on all of
-the data. What happened in this process is written down as {scenario: error or ""}.
+the data.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import json
-import os
-import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from launching import Scenarios
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as activations
 from torch.distributed.checkpoint import load as load_parts
@@ -41,13 +37,8 @@ from torch.testing import assert_close
 import loraparam as lp
 
 EXACT = {"rtol": 0, "atol": 0}
-SCENARIOS: dict[str, Callable[[Path], None]] = {}
+SCENARIOS = scenario = Scenarios()
 TOKENS = torch.randint(7, (3, 4, 5), generator=torch.manual_seed(1))  # steps, batch, length
-
-
-def scenario(function: Callable[[Path], None]) -> Callable[[Path], None]:
-    SCENARIOS[function.__name__] = function
-    return function
 
 
 class Net(nn.Module):
@@ -141,23 +132,6 @@ def ddp(folder: Path) -> None:
 @scenario
 def ddp_with_static_graph(folder: Path) -> None:
     same_factors(train(DistributedDataParallel(adapted(), static_graph=True)), alone())
-
-
-@scenario
-def trainer_under_ddp(folder: Path) -> None:
-    import test_trainer as single
-
-    here = {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "WORLD_SIZE": "2", "MASTER_ADDR": "-"}
-    folder = folder / "trainer"
-    with mock.patch.dict(os.environ, here):
-        model, resumed = single.adapted(), single.adapted()
-        single.trainer(model, folder, ddp_backend="gloo").train()
-        again = single.trainer(resumed, folder, ddp_backend="gloo")
-        again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-    assert isinstance(again.model_wrapped, DistributedDataParallel)
-    assert_close(single.trained_state(resumed), single.trained_state(model), **EXACT)
-    lp.load(loaded := single.llama(), folder / "checkpoint-4" / "adapters" / "default.safetensors")
-    assert_close(lp.state_dict(loaded), lp.state_dict(model), **EXACT)
 
 
 # --- FSDP2 ------------------------------------------------------------------------------------------------------
@@ -413,6 +387,17 @@ def tensor_parallel(folder: Path) -> None:
 
 
 @scenario
+def tensor_parallel_converts_after_a_forward(folder: Path) -> None:
+    model, expected = mlps(init_device_mesh("cpu", (2,))), mlps()
+    x = torch.randn(3, 8, generator=torch.manual_seed(2))
+    for each in (model, expected):
+        lp.attach(each, lp.DoRA(r=2), generator=torch.Generator().manual_seed(0))
+        each(x)  # norms of the base are kept
+        each.double()
+    assert_close(model(x.double()), expected(x.double()))
+
+
+@scenario
 def tensor_parallel_factors_are_placed_like_the_weight(folder: Path) -> None:
     model = mlps(init_device_mesh("cpu", (2,)))
     lp.attach(model, {"all-linear": lp.DoRA(r=2), "0.down": lp.DoRA(r=2, axis="in"), "1.up": lp.Full()})
@@ -442,25 +427,5 @@ def tensor_parallel_after_the_adapters_is_refused(folder: Path) -> None:
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
-# --- running them -----------------------------------------------------------------------------------------------
-
-
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store, timeout=datetime.timedelta(seconds=30))
-    results = {}
-    for name, function in SCENARIOS.items():
-        try:
-            function(folder)
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc()
-        (folder / f"{rank}.json").write_text(json.dumps(results))
-    with contextlib.suppress(Exception):
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    SCENARIOS.run()

@@ -2,50 +2,55 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import distributed_scenarios
+import mesh_scenarios
 import pytest
-from distributed_scenarios import SCENARIOS
+import trainer_scenarios
+from launching import ENVIRONMENT, ROOT, launch
 from safetensors.torch import load_file
 from test_readme import blocks
 from torch.testing import assert_close
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """What each process has to say of each scenario: all run in one launch, for the imports take most of the time."""
-    folder = tmp_path_factory.mktemp("two-processes")
-    script = Path(__file__).with_name("distributed_scenarios.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), str(rank), str(folder)],
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]
-    try:
-        output = [process.communicate(timeout=300)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all((folder / f"{rank}.json").exists() for rank in range(2)), output
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return launch("distributed_scenarios", 2, tmp_path_factory.mktemp("two"))
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_two_processes(name: str, results: list[dict[str, str]]) -> None:
-    errors = [result.get(name, "the process had ended") for result in results]
+@pytest.mark.parametrize("name", distributed_scenarios.SCENARIOS)
+def test_two_processes(name: str, two: list[dict[str, str]]) -> None:
+    errors = [result.get(name, "the process had ended") for result in two]
     assert errors == ["", ""], "\n".join(errors)
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    folder = tmp_path_factory.mktemp("trainers")
+    trainer_scenarios.train_alone(folder)
+    return launch("trainer_scenarios", 2, folder)
+
+
+@pytest.mark.parametrize("name", trainer_scenarios.SCENARIOS)
+def test_trainers_on_two_processes(name: str, trainers: list[dict[str, str]]) -> None:
+    errors = [result.get(name, "the process had ended") for result in trainers]
+    assert errors == ["", ""], "\n".join(errors)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return launch("mesh_scenarios", 4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.parametrize("name", mesh_scenarios.SCENARIOS)
+def test_four_processes(name: str, four: list[dict[str, str]]) -> None:
+    errors = [result.get(name, "the process had ended") for result in four]
+    assert errors == [""] * 4, "\n".join(errors)
 
 
 def launched(arguments: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -67,12 +72,12 @@ def test_the_recipe_gives_the_same_on_two_processes_as_on_one(tmp_path: Path) ->
     alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     printed, adapters = [], []
-    for launch, environment in (([], alone), (torchrun, {})):
-        result = launched([*launch, str(script)], tmp_path, environment)
+    for launcher, environment in (([], alone), (torchrun, {})):
+        result = launched([*launcher, str(script)], tmp_path, environment)
         if "terminate called without an active exception" in result.stderr:
             # gloo's threads and the end of the interpreter race (https://github.com/pytorch/pytorch/pull/179291): one
             # process in some hundreds aborts when all is done.
-            result = launched([*launch, str(script)], tmp_path, environment)
+            result = launched([*launcher, str(script)], tmp_path, environment)
         assert result.returncode == 0, result.stderr
         printed.append(result.stdout)
         adapters.append(load_file(tmp_path / "adapter.safetensors"))
