@@ -153,6 +153,27 @@ def test_gradient_checkpointing_in_a_trainer_changes_nothing(tmp_path: Path, use
     assert_close(trained_state(checkpointed), trained_state(plain), **EXACT)
 
 
+def test_generating_while_predicting(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=32, decoder_start_token_id=0, **sizes)
+    )
+    lp.attach(model, {"q": lp.LoRA(r=2, init="gaussian"), "v": lp.DoRA(r=2), "lm_head": lp.LoRA(r=2)})
+    quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    steps = {"max_steps": 4, "learning_rate": 0.05, "predict_with_generate": True}
+    args = transformers.Seq2SeqTrainingArguments(str(tmp_path), **quiet, **steps)
+    run = transformers.Seq2SeqTrainer(model, args, train_dataset=ROWS, callbacks=[AdapterCheckpoints()])
+    prompt = torch.stack([row["input_ids"] for row in ROWS])
+    before = model.eval().generate(prompt, max_new_tokens=5, do_sample=False)
+    run.train()
+    predicted = torch.from_numpy(run.predict(ROWS, max_new_tokens=5, do_sample=False).predictions)
+    with lp.merged(model):
+        expected = model.eval().generate(prompt, max_new_tokens=5, do_sample=False)
+    assert_close(predicted[:, : expected.shape[1]], expected, **EXACT)  # it pads to a length of its own
+    assert not torch.equal(expected, before)
+
+
 class Classifier(nn.Module):
     """A model that is not transformers' own, as the Trainer takes it."""
 
