@@ -12,8 +12,9 @@ from unittest import mock
 import test_trainer as single
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from distributed_scenarios import gathered
 from launching import Scenarios
@@ -68,8 +69,11 @@ def processes() -> Iterator[None]:
     # FSDP1 offloads to the CPU by a copy and frees the original; on the CPU they are the same memory.
     stays = mock.patch.object(FlatParamHandle, "to_cpu", return_value=contextlib.nullcontext())
     with mock.patch.dict(os.environ, here), stays:
-        yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            yield
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()  # it remembers the data loaders of Trainers that still live
 
 
 def shard_on_cpus() -> None:
@@ -184,6 +188,26 @@ def trainer_under_fsdp1_with_whole_states(folder: Path) -> None:
 @scenario
 def trainer_under_fsdp1_with_states_in_parts(folder: Path) -> None:
     sharded(folder, version=1, state_dict_type="SHARDED_STATE_DICT")
+
+
+@scenario
+def trainer_of_a_model_loaded_in_parts(folder: Path) -> None:
+    if dist.get_rank() == 0:
+        single.llama().save_pretrained(folder / "model")
+    dist.barrier()
+    with processes():
+        model = transformers.LlamaForCausalLM.from_pretrained(folder / "model", tp_plan="auto")
+        lp.attach(model, TARGETS)
+        assert any(placement.is_shard() for factor in lp.parameters(model) for placement in factor.placements)
+        # Both processes see each batch; the Trainer cannot resume such a model, and asks for this.
+        args = arguments(folder / "parts", per_device_train_batch_size=4, save_only_model=True)
+        shard_on_cpus()
+        trainer(model, args).train()
+    same(folder / "parts" / "checkpoint-4", folder / "alone" / "checkpoint-4")
+    kept = load_file(folder / "parts" / "checkpoint-4" / "model.safetensors")
+    assert {key: value.shape for key, value in kept.items()} == {
+        key: value.shape for key, value in single.trained_state(adapted()).items()
+    }
 
 
 # --- accelerate -------------------------------------------------------------------------------------------------
