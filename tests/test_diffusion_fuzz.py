@@ -80,10 +80,11 @@ def mutate(data: st.DataObject, file: dict[str, Tensor]) -> None:
         shape = data.draw(st.lists(st.integers(0, 5), max_size=6))
         file[key] = torch.ones(shape)
     elif kind == "retype":
-        file[key] = tensor.to(data.draw(st.sampled_from(DTYPES)))
+        real = tensor.real if tensor.is_complex() else tensor  # an earlier change may have made it complex
+        file[key] = real.to(data.draw(st.sampled_from(DTYPES)))
     elif kind == "values":
         value = data.draw(st.sampled_from([float("nan"), float("inf"), 1e38, -1e30, 0.0]))
-        file[key] = torch.full_like(tensor.float(), value)
+        file[key] = torch.full(tensor.shape, value)
     else:
         file[f"{head}.{data.draw(st.sampled_from(WORDS))}"] = torch.ones(
             data.draw(st.lists(st.integers(1, 4), max_size=4))

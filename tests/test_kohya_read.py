@@ -209,3 +209,15 @@ def test_products_mean_what_their_formulas_say(folder: Path, data: st.DataObject
     save_file(file, folder / "product.safetensors")
     lp.load(model, folder / "product.safetensors")
     torch.testing.assert_close(lp.merged_state_dict(model)["mid_block.to_q.weight"], V, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64, torch.int64, torch.bfloat16])
+def test_a_products_alpha_may_have_any_dtype(folder: Path, dtype: torch.dtype) -> None:
+    head = "lora_unet_mid_block_to_q"
+    file = {f"{head}.hada_w{side}_{half}": torch.ones(4, 4) for side in "12" for half in "ab"}
+    save_file({**file, f"{head}.alpha": torch.tensor(2).to(dtype)}, folder / "alpha.safetensors")
+    model = Plain((4, 4)).float()
+    base = model.weight.detach().clone()
+    lp.load(model, folder / "alpha.safetensors")
+    assert {factor.dtype for factor in lp.state_dict(model).values()} == {torch.float32}
+    torch.testing.assert_close(lp.merged_state_dict(model)["mid_block.to_q.weight"], base + 2 / 4 * 16)

@@ -184,7 +184,7 @@ def _expanded(group: Group, product: Product, alpha: float | None, layout: Layou
     refuse_misfit(group, product, shape, out, in_)
     rank = product.scale_rank
     scale = 1.0 if alpha is None or rank is None else alpha / rank
-    wide = torch.promote_types(next(iter(group.tensors.values())).dtype, torch.float32)
+    wide = torch.promote_types(product.left.P.dtype, torch.float32)  # alpha may have any
     if product.is_pair(out, in_):
         A, B = product.pair()
         return Pair(A=A.to(wide), B=(B * scale).to(wide))
