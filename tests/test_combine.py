@@ -312,3 +312,12 @@ def test_an_interruption_leaves_the_old_or_the_new(tmp_path: Path) -> None:
 
     assert every_interruption(lambda: lp.combine(files, tmp_path / "out", force=True), check) >= 2
     assert items(tmp_path / "out")["linear.weight"].method == lp.LoRA(r=3)
+
+
+@pytest.mark.parametrize("how", ["cat", "linear", "svd", "ties", "dare"])
+def test_a_sum_beyond_float32_is_refused(tmp_path: Path, how: Any) -> None:
+    _, files = several(tmp_path, [{"linear": lp.LoRA(r=2)}] * 2)
+    before = content(tmp_path)
+    with pytest.raises(lp.LoraparamError, match=r"'linear.weight': the sum is not finite in float32; give smaller"):
+        lp.combine(files, tmp_path / "sum", weights=[1e300, 1], how=how)
+    assert content(tmp_path) == before

@@ -390,3 +390,25 @@ def test_nothing_to_resize(tmp_path: Path) -> None:
     lp.save(adapted(many(), {"up": lp.Magnitude()}), tmp_path / "adapter")
     with pytest.raises(lp.FormatError, match="holds no low-rank pair"):
         lp.resize(tmp_path / "adapter", tmp_path / "out", rank=1)
+
+
+@pytest.mark.parametrize("alpha", [1e-90, 1e30, -1.0])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_scale_of_any_size_stays_in_alpha(tmp_path: Path, alpha: float, rank: int) -> None:
+    """Split over both factors, its root would vanish in float32, or the rest of it would be infinite."""
+    model = nn.Linear(6, 8)
+    lp.attach(model, lp.LoRA(r=2, alpha=alpha))
+    entry = model.parametrizations.weight[0].default
+    with torch.no_grad():
+        entry.lora_A[1] = entry.lora_A[0] * 2  # of rank 1, so that nothing is left out
+        entry.lora_B.normal_()
+    lp.save(model, tmp_path / "a")
+    done = lp.resize(tmp_path / "a", tmp_path / "b", rank=rank)
+    item = read_content(tmp_path / "b", None).items[0]
+    assert item.method == lp.LoRA(r=rank, alpha=alpha)
+    expected = (entry.lora_B.double() @ entry.lora_A.double()).detach() / 2
+    torch.testing.assert_close(
+        item.factors["lora_B"].double() @ item.factors["lora_A"].double() / rank, expected, rtol=1e-5, atol=1e-6
+    )
+    assert done.rows[0].residual < 1e-6
+    assert done.rows[0].norm == pytest.approx(abs(alpha) * float(expected.norm()), rel=1e-6)

@@ -204,6 +204,7 @@ def edited(saved: Path, edit: Callable[[dict[str, Any], dict[str, str], dict[str
         ("0.weight[1/2]|config|r", 0, "LoRA: r=0; allowed: an integer in"),
         ("0.weight[1/2]|config|r", "1", "LoRA: r='1'; allowed: an integer in"),
         ("0.weight[1/2]|config|alpha", 10**400, "LoRA: alpha=1000"),
+        ("0.weight[1/2]|config|alpha", -1e99, r"'0\.weight\[1/2\]': the scale -1e\+99 makes s·B infinite"),
         ("0.weight[1/2]|config|rslora", "no", "LoRA: rslora='no'; allowed: "),
         ("0.weight[1/2]|config|init", {}, r"LoRA: init=\{\}; allowed: 'kaiming', 'gaussian'"),
         ("1.weight|layout", None, r"'1\.weight': layout None; allowed: an object with"),

@@ -16,7 +16,7 @@ from ..suspension import refuse_suspended
 from ..training import parameters
 from . import diffusers, kohya, loralib, loratorch, native, peft
 from .bases import Base, ModelBase
-from .content import Content, attach_content, content_of
+from .content import Content, attach_content, content_of, refuse_infinite
 from .files import PICKLES
 
 # Each reader and writer by name; formats/content.py says what such a module has. The order is that of detection:
@@ -123,12 +123,14 @@ def read_content(
         hints: as for ``load``.
 
     Raises:
-        FormatError: the file is damaged or of an unknown format, or needs the base; or an unknown hint.
+        FormatError: the file is damaged or of an unknown format, or needs the base; or an unknown hint; or a scale that
+            makes s·B infinite.
     """
     path = Path(path)
     reader = known_format(format) if format is not None else detect(path)
     _check_keywords("hint", hints, reader.HINTS, reader.NAME, also)
     content: Content = reader.read(path, base, **hints)
+    refuse_infinite(content)
     return content
 
 

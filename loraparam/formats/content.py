@@ -25,6 +25,7 @@ from ..errors import FormatError, LoraparamError, StateError, listed, nearest
 from ..finite import all_finite
 from ..layouts import Layout
 from ..methods import Factors, Full, Method
+from ..methods.lowrank import LowRank
 from ..plans import Plan, Row, Trial, row_at
 from ..refusals import can_dequantize
 from ..sharding import whole
@@ -126,6 +127,24 @@ def attach_content(model: nn.Module, content: Content, name: str, *, check_base:
     plan = Plan(tuple(rows))
     attach_rows(model, plan, name, [item.factors for item in items])
     return plan
+
+
+def refuse_infinite(content: Content) -> None:
+    """Refuse a scale that makes s·B infinite, which folding, merging and every tool compute.
+
+    Raises:
+        FormatError: there is one.
+    """
+    for item in content.items:
+        B = item.factors.get("lora_B")
+        if not isinstance(item.method, LowRank) or B is None or not B.numel():
+            continue
+        largest = max(abs(float(bound)) for bound in torch.aminmax(B))
+        if not largest * abs(item.method.scale) <= torch.finfo(torch.promote_types(B.dtype, torch.float32)).max:
+            raise FormatError(
+                f"{content.source!r}, target {item.path!r}: the scale {item.method.scale:g} makes s·B infinite, whose "
+                f"largest element is {largest:g}"
+            )
 
 
 def difference(path: str, value: Tensor, base: Base, source: str) -> Item:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, LoraparamError, listed, nearest
+from ..finite import all_finite
 from ..formats import read_content, write_content
 from ..formats.bases import Base
 from ..formats.content import Content, Item, difference
@@ -212,6 +213,7 @@ def _combined(group: Sequence[Part], recipe: Recipe, base: Base | None) -> tuple
     # Each weight and scale goes into B, and is rounded once, at the end.
     A = torch.cat([part.item.factors["lora_A"].double() for part in group], -2)
     B = torch.cat([part.item.factors["lora_B"].double() * (part.weight * _scale(part.item)) for part in group], -1)
+    _refuse_infinite(first, B.to(_dtype(group)))
     if recipe.how == "cat":
         new = at_most_full_rank(A, B)
     else:
@@ -223,6 +225,12 @@ def _combined(group: Sequence[Part], recipe: Recipe, base: Base | None) -> tuple
     rest = product_svd(torch.cat([A, new[0].double()], -2), torch.cat([B, -new[1].double()], -1))[1]
     norm = float(torch.linalg.vector_norm(product_svd(A, B)[1]))
     return _lora(first, new, norm, float(torch.linalg.vector_norm(rest)) / norm if norm else 0.0)
+
+
+def _refuse_infinite(item: Item, made: Tensor) -> None:
+    if not all_finite(made):
+        dtype = str(made.dtype).removeprefix("torch.")
+        raise LoraparamError(f"{item.path!r}: the sum is not finite in {dtype}; give smaller weights")
 
 
 def _scale(item: Item) -> float:
@@ -262,6 +270,7 @@ def _dense(group: Sequence[Part], recipe: Recipe, base: Base | None) -> tuple[It
     else:
         delta = torch.stack(deltas).sum(0)
     dtype, norm = _dtype(group), float(torch.linalg.vector_norm(delta))
+    _refuse_infinite(first, delta.to(dtype))
     part = part_of(first, base)
     layout = first.layout if part is None else part.layout(first.layout)
     rank = _largest_rank(group)

@@ -94,8 +94,9 @@ def _resized(item: Item, cut: Cut) -> tuple[Item, Change]:
     kind = type(item.method).__name__
     if not isinstance(item.method, LowRank):
         return item, Change(item.path, item.shape, kind, None, None, 0.0, "has no rank; kept as it is")
-    scale, own = item.method.scale, _pairs(item.method, item.factors)
-    A, B = own["lora_A"].double(), own["lora_B"].double() * scale
+    method, own = item.method, _pairs(item.method, item.factors)
+    # Without s, which changes no share of the norm, and which may be beyond float32 where the factors are not.
+    A, B = own["lora_A"].double(), own["lora_B"].double()
     U, S, Vh = product_svd(A, B)
     total, r, k = float(torch.linalg.vector_norm(S)), A.shape[-2], cut.rank or 0
     if k >= r:
@@ -105,15 +106,16 @@ def _resized(item: Item, cut: Cut) -> tuple[Item, Change]:
         k = cut.choose(S, total**2)
         pair = pair_of((U[..., :k], S[..., :k], Vh[..., :k, :]), torch.float64)
     # alpha stays, for there are files that do not say it; B takes up the change of s = alpha/r.
-    method = replace(item.method, r=k)
-    new = pair[0].to(own["lora_A"].dtype), (pair[1] / (method.scale or 1)).to(own["lora_B"].dtype)
+    resized = replace(method, r=k)
+    grown = method.scale / resized.scale if resized.scale else 1.0
+    new = pair[0].to(own["lora_A"].dtype), (pair[1] * grown).to(own["lora_B"].dtype)
     # What is written, less what was read, is a pair as well: its norm counts the rounding of the factors, too.
-    rest = product_svd(torch.cat([A, new[0].double()], -2), torch.cat([B, -method.scale * new[1].double()], -1))[1]
+    rest = product_svd(torch.cat([A, new[0].double()], -2), torch.cat([B, -new[1].double() / grown], -1))[1]
     residual = float(torch.linalg.vector_norm(rest)) / total if total else 0.0
-    moved = isinstance(item.method, DoRA) and residual > 1e-6
+    moved = isinstance(method, DoRA) and residual > 1e-6
     note = "lengths kept; the residual is that of s·B·A, which moves directions" if moved else ""
-    factors = _joined(item.method, {**own, "lora_A": new[0], "lora_B": new[1]})
-    return replace(item, method=method, factors=factors), Change(item.path, item.shape, kind, k, total, residual, note)
+    factors, norm = _joined(method, {**own, "lora_A": new[0], "lora_B": new[1]}), abs(method.scale) * total
+    return replace(item, method=resized, factors=factors), Change(item.path, item.shape, kind, k, norm, residual, note)
 
 
 def _pairs(method: LowRank, factors: Factors) -> Factors:
