@@ -43,6 +43,8 @@ WORDS = [
     (b'"shape":[8,6]', b'"shape":[6,8]'),
     (b'"shape":[8,6]', b'"shape":[48]'),
     (b'"shape":[2,6]', b'"shape":[6,2]'),
+    (b'"shape\\": [8, 6]', b'"shape\\": [6, 8]'),
+    (b'"shape\\": [8, 6]', b'"shape\\": null  '),
     (b'"r\\": 2', b'"r\\": 9'),
     (b'"r\\": 2', b'"r\\": 1'),
     (b'"alpha\\": null', b'"alpha\\": 1e99'),
@@ -110,3 +112,26 @@ def test_undamaged_files_pass_each_tool(tmp_path: Path, place: Path) -> None:
         for name, data in content(place).items():
             (at / name).write_bytes(data)
         assert call(at)
+
+
+@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool != "extract"])
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        (b'"shape":[2,6]', b'"shape":[6,2]', r"'linear.weight(.lora_A)?'.*(\(6, 2\).*\(2, 6\)|shape)"),
+        (b'"shape\\": [8, 6]', b'"shape\\": [6, 8]', r"'linear.weight'.*\(6, 8\)"),
+    ],
+)
+def test_factors_of_another_shape(tmp_path: Path, place: Path, tool: str, old: bytes, new: bytes, match: str) -> None:
+    for name, data in content(place).items():
+        (tmp_path / name).write_bytes(data)
+    data = (tmp_path / "adapter").read_bytes()
+    assert old in data
+    (tmp_path / "adapter").write_bytes(data.replace(old, new, 1))
+    before = content(tmp_path)
+    if tool == "verify":  # which reports it
+        assert any("linear.weight" in str(finding) for finding in TOOLS[tool](tmp_path).findings)
+    else:
+        with pytest.raises(lp.FormatError, match=match):
+            TOOLS[tool](tmp_path)
+    assert content(tmp_path) == before

@@ -45,6 +45,43 @@ def part_of(item: Item, base: Base | None) -> Slice | None:
         raise FormatError(f"{item.path!r}: {error}") from None
 
 
+def refuse_misshapen(content: Content, base: Base | None) -> None:
+    """Refuse factors of other shapes than their method has for the parameter's, as far as that is known.
+
+    Raises:
+        FormatError: there are such, or the base's parameter is of another shape than the file says.
+    """
+    for item in content.items:
+        at = f"{content.source!r}, target {item.path!r}"
+        shape = item.shape
+        if base is not None and item.parameter in base.names:
+            shape = tuple(base.shape(item.parameter))
+            if item.shape is not None and item.shape != shape:
+                raise FormatError(f"{at}: is for shape {item.shape}; the base has {shape}")
+        wanted = _shapes(item, shape, base, at)
+        found = {key: tuple(factor.shape) for key, factor in item.factors.items()}
+        if wanted is not None and found != wanted:
+            kind = type(item.method).__name__
+            raise FormatError(f"{at}: factors of shapes {found}; a {kind} on shape {shape} has {wanted}")
+
+
+def _shapes(item: Item, shape: tuple[int, ...] | None, base: Base | None, at: str) -> dict[str, tuple[int, ...]] | None:
+    """{factor: its shape} of an item on a parameter of this shape; None where neither file nor base say enough."""
+    if shape is None:
+        return None
+    try:
+        if shape:
+            item.layout.sizes(shape)
+        own, layout = torch.empty(shape, device="meta"), item.layout
+        if item.part is not None:
+            part = part_of(replace(item, shape=shape), base)
+            assert part is not None
+            own, layout = part.take(own), part.layout(layout)
+        return {key: tuple(factor.shape) for key, factor in item.method.init(own, layout).items()}
+    except LoraparamError as error:
+        raise FormatError(f"{at}: {error}") from None
+
+
 def pair(item: Item) -> tuple[Tensor, Tensor]:  # (*batch, r, in), (*batch, out, r)
     """A low-rank item's A and B with s folded into B, in float32 at least."""
     assert isinstance(item.method, LowRank)

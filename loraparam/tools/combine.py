@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import FormatError, LoraparamError, listed, nearest
 from ..finite import all_finite
-from ..formats import read_content, write_content
+from ..formats import write_content
 from ..formats.bases import Base
 from ..formats.content import Content, Item, difference
 from ..formats.portable import at_most_full_rank, part_of, whole
@@ -27,7 +27,7 @@ from ..methods.base import is_int, is_number
 from ..methods.lowrank import LowRank
 from ..slices import overlap
 from .entrywise import dare, generator_for, ties
-from .fitting import Adapters, BaseLike, base_at, change, plain, weighted
+from .fitting import Adapters, BaseLike, adapter_at, base_at, change, plain, weighted
 from .reports import Change, Changes, Progress, silent
 from .spectra import Cut, cut_svd, left_out, pair_of, product_svd
 
@@ -132,7 +132,7 @@ def combine(
     recipe, place, given = _recipe(how, rank, energy, error, density, seed), Path(out), weighted(adapters, weights)
     check_free(place, force)
     known = None if base is None else base_at(base)
-    contents = [(weight, read_content(file, known, format=format, **hints)) for file, weight in given]
+    contents = [(weight, adapter_at(file, known, format, hints)) for file, weight in given]
     items, rows = [], []
     for group in progress(_groups(contents, known), "combining"):
         item, row = _combined(group, recipe, known)

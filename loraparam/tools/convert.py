@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..formats import detect, known_format, read_content, write_content
+from ..formats import detect, known_format, write_content
 from ..formats.streams import check_free
-from .fitting import BaseLike, base_at
+from .fitting import BaseLike, adapter_at, base_at
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def convert(
     known = None if base is None else base_at(base)
     reader = detect(source) if format is None else known_format(format)
     known_format(to)
-    content = read_content(source, known, format=reader.NAME, **hints)
+    content = adapter_at(source, known, reader.NAME, hints)
     write_content(place, content, known, format=to, **(options or {}))
     targets = tuple(item.path for item in content.items)
     return Converted(str(place), reader.NAME, to, targets, tuple(content.replaced))

@@ -6,15 +6,17 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..catalogue import Leaf
 from ..errors import FormatError, LoraparamError, nearest
+from ..formats import read_content
 from ..formats.bases import Base, FileBase, ModelBase
 from ..formats.content import Content, Item, difference, refuse_misfit, refuse_other_base, refuse_overlap
-from ..formats.portable import part_of
+from ..formats.portable import part_of, refuse_misshapen
 from ..formats.streams import DTYPES
 from ..methods import IA3, BlockLoRA, DoRA, Factors, Full, LoRA, Magnitude
 from ..methods.base import is_number
@@ -33,6 +35,17 @@ def base_at(base: BaseLike) -> Base:
         FormatError: no such checkpoint, or not a readable one.
     """
     return ModelBase(base) if isinstance(base, nn.Module) else FileBase(Path(base))
+
+
+def adapter_at(path: PathLike, base: Base | None, format: str | None, hints: Mapping[str, Any]) -> Content:
+    """An adapter file's content, with factors of the shapes that its methods have.
+
+    Raises:
+        FormatError: the file is damaged, or does not fit the base.
+    """
+    content = read_content(path, base, format=format, **hints)
+    refuse_misshapen(content, base)
+    return content
 
 
 PathLike = str | os.PathLike[str]

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..errors import LoraparamError
-from ..formats import detect, known_format, read_content
+from ..formats import detect, known_format
 from ..formats.content import Content, Item
 from ..formats.files import write_whole
 from ..methods import Full
 from ..methods.lowrank import LowRank
 from ..plans import table
-from .fitting import BaseLike, base_at, plain
+from .fitting import BaseLike, adapter_at, base_at, plain
 from .reports import Progress, silent
 from .spectra import effective_rank, product_svd, stable_rank
 
@@ -142,7 +142,7 @@ def inspect_file(
     known = None if base is None else base_at(base)
     if known is None and "names" in reader.HINTS:
         hints = {"names": "file", **hints}  # where only a model tells which modules the names mean
-    content: Content = read_content(path, known, format=reader.NAME, **hints)
+    content: Content = adapter_at(path, known, reader.NAME, hints)
     rows = tuple(_look(item) for item in progress(content.items, "decomposing"))
     return Inspection(str(path), reader.NAME, rows, {k: tuple(v.shape) for k, v in content.replaced.items()})
 

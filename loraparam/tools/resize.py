@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from ..errors import FormatError
-from ..formats import detect, known_format, read_content, write_content
+from ..formats import detect, known_format, write_content
 from ..formats.content import Item
 from ..formats.portable import padded
 from ..formats.streams import check_free
 from ..methods import BlockLoRA, DoRA, Factors
 from ..methods.lowrank import LowRank
-from .fitting import BaseLike, base_at
+from .fitting import BaseLike, adapter_at, base_at
 from .reports import Change, Changes, Progress, silent
 from .spectra import Cut, pair_of, product_svd
 
@@ -78,7 +78,7 @@ def resize(
     check_free(place, force)
     known = None if base is None else base_at(base)
     reader = detect(source) if format is None else known_format(format)
-    content = read_content(source, known, format=reader.NAME, **hints)
+    content = adapter_at(source, known, reader.NAME, hints)
     if not any(isinstance(item.method, LowRank) for item in content.items):
         raise FormatError(f"{str(source)!r} holds no low-rank pair, so there is no rank to change")
     items, rows = [], []
