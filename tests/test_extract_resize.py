@@ -1,5 +1,6 @@
 """Low-rank approximations: the best of their rank, honest about what they leave out, exact where they can be."""
 
+import copy
 import itertools
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from checkpoints import adapted, content, every_interruption, many, save_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
+from peft_models import base_and_input, in_peft, output
 from torch import Tensor, nn
 
 import loraparam as lp
@@ -232,6 +234,42 @@ def test_layouts_told_from_a_checkpoint(tmp_path: Path) -> None:
     }
     lp.extract(*files, tmp_path / "other", rank=2, layouts={"conv*": lp.Layout(out=1)})
     assert items(tmp_path / "other")["conv1d.weight"].layout == lp.Layout(out=1)
+
+
+def test_embeddings_and_transposed_weights_told_from_a_checkpoint(tmp_path: Path) -> None:
+    """By an embedding's usual names, and by the sizes of biases, also for the square weights of such a name."""
+    shapes = {"wte.weight": (9, 4), "wte_like.weight": (9, 4), "embed_tokens.weight": (4, 9), "emb.weight": (4, 4, 3)}
+    shapes |= {"a.c_fc.weight": (4, 12), "a.c_fc.bias": (12,), "a.c_proj.weight": (4, 4), "a.c_proj.bias": (4,)}
+    shapes |= {"b.c_proj.weight": (12, 4), "b.c_proj.bias": (4,), "b.lin.weight": (4, 4), "b.lin.bias": (4,)}
+    shapes |= {"b.mix.weight": (4, 12), "b.mix.bias": (12,), "c.mix.weight": (12, 4), "c.mix.bias": (12,)}
+    shapes |= {"d.mix.weight": (4, 4), "d.mix.bias": (4,), "tokens": (9, 4)}
+    base = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    new = {name: torch.randn(shape) for name, shape in shapes.items()}
+    files = [save_checkpoint(state, tmp_path / name) for state, name in ((base, "a"), (new, "b"))]
+    lp.extract(*files, tmp_path / "adapter", rank=2)
+    found = {name: item.layout for name, item in items(tmp_path / "adapter").items()}
+    looked_up = {name for name, layout in found.items() if layout == lp.Layout(out=1, lookup=True)}
+    transposed = {name for name, layout in found.items() if layout == lp.Layout(out=1)}
+    assert looked_up == {"wte.weight", "embed_tokens.weight"}
+    assert transposed == {"a.c_fc.weight", "a.c_proj.weight", "b.c_proj.weight", "b.mix.weight"}
+    assert len(found) == 14 - 2
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+def test_what_is_extracted_from_checkpoints_acts_the_same_in_peft(kind: str, tmp_path: Path) -> None:
+    base, x = base_and_input(kind)
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if name.endswith(("c_attn.weight", "c_proj.weight", "wpe.weight", "q_proj.weight", "embed_tokens.weight")):
+                parameter += torch.randn_like(parameter) * 0.1
+    names = {"a": base, "b": tuned}
+    a, b = (
+        save_checkpoint({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / n)
+        for n, model in names.items()
+    )
+    lp.extract(a, b, tmp_path / "adapter", rank=8, to="peft")
+    torch.testing.assert_close(output(in_peft(base, tmp_path / "adapter"), x), output(tuned, x), rtol=1e-4, atol=1e-5)
 
 
 def test_checkpoints_that_do_not_match(tmp_path: Path) -> None:

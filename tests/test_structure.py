@@ -53,7 +53,7 @@ FLOORS = (
     ("formats.unscaled", "formats.stacking"),
     ("formats.*",),
     ("formats",),
-    ("tools.spectra", "tools.entrywise", "tools.reports", "tools.fitting"),
+    ("tools.spectra", "tools.entrywise", "tools.reports", "tools.fitting", "tools.told"),
     ("tools.*",),
     ("tools",),
     ("",),  # the public surface

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from ..methods import Full, LoRA
 from .fitting import BaseLike, base_at
 from .reports import Change, Changes, Progress, silent
 from .spectra import Cut, cut_svd, left_out, pair_of
+from .told import told_layouts
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # state of norms, which no adapter holds
 
@@ -64,7 +64,8 @@ def extract(
             reported in ``left_out``.
         layouts: {pattern of a parameter's path, with ``*``: how it reads as a matrix}, where base does not say. In a
             checkpoint that is taken to be (out, in, …), and (E, out, in) for 3-D tensors that are not called "weight",
-            as expert stacks are not.
+            as expert stacks are not. Embeddings are known by the names that models give them, and weights that are
+            stored (in, out), as GPT-2's, by the sizes of their biases.
         to: the format to write.
         options: what the writer takes, as for ``lp.save``.
         force: replace what is at ``out``.
@@ -96,9 +97,9 @@ def extract(
             "model, or strict=False (--allow-unmatched) to leave these out"
         )
     names = [name for name in before.names if name not in unmatched]
-    items, rows, rest = [], [], dict(unmatched)
+    items, rows, rest, told = [], [], dict(unmatched), told_layouts(before, layouts or {})
     for path in progress(names, "extracting"):
-        found = _extracted(path, before, after, cut=cut, layouts=layouts or {}, full=full, seed=seed)
+        found = _extracted(path, before, after, cut=cut, layout=told.get(path, Layout()), full=full, seed=seed)
         if isinstance(found, str):
             rest[path] = found
         elif found is not None:
@@ -139,29 +140,14 @@ def _difference(before: Base, after: Base, path: str) -> Tensor | str | None:
     return delta if bool(delta.any()) else None
 
 
-def _layout(path: str, shape: tuple[int, ...], base: Base, given: Mapping[str, Layout]) -> Layout:
-    for pattern, layout in given.items():
-        if fnmatchcase(path, pattern):
-            layout.sizes(shape)
-            return layout
-    known = base.layout(path)
-    if known is not None:
-        return known
-    # A 3-D weight of a convolution is called "weight"; stacks of experts have names of their own.
-    *above, name = path.split(".")
-    stack = len(shape) == 3 and (name != "weight" or above[-1:] == ["experts"])
-    return Layout(out=1, batch=(0,)) if stack else Layout()
-
-
 def _extracted(
-    path: str, before: Base, after: Base, *, cut: Cut, layouts: Mapping[str, Layout], full: bool, seed: int
+    path: str, before: Base, after: Base, *, cut: Cut, layout: Layout, full: bool, seed: int
 ) -> tuple[Item, Change] | str | None:
     """A tensor's change, as a pair or whole; why it is left out; None where there is none."""
     delta = _difference(before, after, path)
     if not isinstance(delta, Tensor):
         return delta
     shape, norm = tuple(delta.shape), float(torch.linalg.vector_norm(delta, dtype=torch.float64))
-    layout = _layout(path, shape, before, layouts)
     if shape and layout.is_matrix(shape):
         matrix = layout.matrix(delta)
         A, B = pair_of(cut_svd(matrix, cut, seed=seed), delta.dtype)
