@@ -1,6 +1,8 @@
 """The native file: what is in it, that it comes back as it was, and that a damaged or foreign one changes nothing."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -373,3 +375,19 @@ def test_any_json_in_the_place_of_any_other_is_refused_or_loads(saved: Path, dat
         model(torch.ones(1, 6))
         lp.detach(model)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("format", ["loraparam", "peft", "kohya"])
+def test_a_full_disk_leaves_nothing_and_the_error_names_the_file(
+    tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted({"1": lp.LoRA(r=1)})
+    (tmp_path / "there").mkdir()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/there/new/folder/adapter"):
+        lp.save(model, tmp_path / "there/new/folder/adapter", format=format)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]

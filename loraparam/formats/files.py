@@ -29,13 +29,15 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     Between the first and the last a few renamings pass, no more: readers of several files must tell such a moment.
     """
     temporaries: dict[Path, Path] = {}
+    made: list[Path] = []  # folders, the outer ones first
     try:
         for path, content in contents.items():
             if path.is_dir():
                 raise FormatError(f"{str(path)!r} is a directory; allowed: the path of a file")
+            made += [folder for folder in reversed(path.parents) if not folder.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
             temporaries[path] = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-            with open(temporaries[path], "xb") as file:
+            with naming(path), open(temporaries[path], "xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -45,6 +47,19 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         for temporary in temporaries.values():
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # another process may use it by now
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an ``OSError`` say which file it is about: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
 
 

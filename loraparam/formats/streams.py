@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, LoraparamError
-from .files import open_safetensors
+from .files import naming, open_safetensors
 
 CHUNK = 1 << 22  # bytes copied at a time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -89,7 +89,7 @@ def rewrite(source: Path, target: Path, change: Callable[[Stored, IO[bytes]], Te
     """
     header, tensors = header_of(source)
     digests = []
-    with open(source, "rb") as old, open(target, "xb") as new:
+    with naming(target), open(source, "rb") as old, open(target, "xb") as new:
         new.write(header)
         for tensor in tensors:
             digest = hashlib.blake2b()
