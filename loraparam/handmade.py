@@ -21,9 +21,9 @@ _SHAPE = (
 def from_layer(module: nn.Module, *, name: str = "default") -> nn.Linear:
     """The ``nn.Linear`` inside a hand-written LoRA layer, in place, with an adapter that does what the layer did.
 
-    Known are the tutorials' ``LinearWithLoRA`` and ``LinearWithLoRAMerged``, W + alpha·(A·B)ᵀ, and
-    ``LinearWithDoRAMerged``, m·V/‖V‖ with the norm over dim 0, by their attributes. That the adapter does the same is
-    checked on random inputs. Put the result where the module was.
+    Known are the tutorials' ``LinearWithLoRA`` and ``LinearWithLoRAMerged``, W + s·(A·B)ᵀ, where s is alpha or alpha/r,
+    and ``LinearWithDoRAMerged``, m·V/‖V‖ with the norm over dim 0, by their attributes. That the adapter does the same,
+    and which s it is, is seen on random inputs. Put the result where the module was.
 
     Args:
         module: the layer; afterwards only what it wraps is of use.
@@ -65,48 +65,51 @@ def from_layer(module: nn.Module, *, name: str = "default") -> nn.Linear:
     m: Any = getattr(module, "m", None)
     if isinstance(m, Tensor) and m.numel() != in_:
         raise _other(module)
-    # The tutorials' alpha is s itself.
-    settings: dict[str, Any] = {"r": r, "alpha": float(alpha) * r}
-    method = LoRA(**settings) if m is None else DoRA(**settings, axis="in", detach_norm=False)
-    factors = {"weight.lora_A": A.t(), "weight.lora_B": B.t()}
+    factors = {"weight.lora_A": A.detach().t(), "weight.lora_B": B.detach().t().clone()}
     if isinstance(m, Tensor):
-        factors["weight.magnitude"] = m.flatten()
-    x, expected = _sample(module, linear)
-    attach(linear, method, "weight", name=name)
-    try:
-        load_state_dict(linear, {key: factor.detach() for key, factor in factors.items()}, name)
-        _check(module, linear, x, expected)
-    except BaseException:
+        factors["weight.magnitude"] = m.detach().flatten()
+    x, tried, expected = _sample(module, linear, B)
+    # The tutorials' alpha is s itself; in some it is divided by the rank.
+    for scale in dict.fromkeys((float(alpha), float(alpha) / r)):
+        settings: dict[str, Any] = {"r": r, "alpha": scale * r}
+        attach(linear, LoRA(**settings) if m is None else DoRA(**settings, axis="in", detach_norm=False), name=name)
+        try:
+            load_state_dict(linear, {**factors, "weight.lora_B": tried.t()}, name)
+            if _close(linear(x), expected):
+                load_state_dict(linear, factors, name)
+                return linear
+        except BaseException:
+            detach(linear, name)
+            raise
         detach(linear, name)
-        raise
-    return linear
+    raise _other(module)
 
 
-def _sample(module: nn.Module, linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Random inputs, and what the module makes of them."""
-    x = torch.randn(8, linear.in_features, generator=torch.Generator().manual_seed(0)).to(linear.weight)
-    mode = module.training
+def _sample(module: nn.Module, linear: nn.Linear, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Random inputs, a B, and what the module makes of them: a fresh B, of zeros, would hide what the layer does."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, linear.in_features, generator=generator).to(linear.weight)
+    mode, own = module.training, B.detach().clone()
+    tried = own if bool(own.any()) else torch.randn(own.shape, generator=generator).to(own)
     try:
         with torch.no_grad():
-            return x, module.eval()(x)
+            B.copy_(tried)
+            return x, tried, module.eval()(x)
     finally:
         module.train(mode)
+        with torch.no_grad():
+            B.copy_(own)
 
 
-def _check(module: nn.Module, linear: nn.Linear, x: Tensor, expected: Tensor) -> None:
-    with torch.no_grad():
-        actual = linear(x)
-    # Another order of operations in the layer's own precision.
-    close = expected.shape == actual.shape and torch.allclose(
-        actual, expected, rtol=0, atol=float(64 * torch.finfo(actual.dtype).eps * expected.abs().max())
-    )
-    if not close:
-        raise _other(module)
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    """Equal but for another order of operations in the layer's own precision."""
+    bound = float(64 * torch.finfo(actual.dtype).eps * expected.abs().max())
+    return expected.shape == actual.shape and torch.allclose(actual.detach(), expected, rtol=0, atol=bound)
 
 
 def _other(module: nn.Module) -> AttachError:
     return AttachError(
-        f"{type(module).__name__} does not compute what its attributes say, W + alpha·(A·B)ᵀ or a DoRA of it with the "
-        "norm over dim 0. A layer that normalises its activations is no function of a weight: use lp.DoRA(r=...) on "
-        "the plain layer and train again"
+        f"{type(module).__name__} does not compute what its attributes say, W + s·(A·B)ᵀ with s = alpha or alpha/r, or "
+        "a DoRA of it with the norm over dim 0. A layer that normalises its activations is no function of a weight: "
+        "use lp.DoRA(r=...) on the plain layer and train again"
     )

@@ -55,6 +55,13 @@ class LinearWithDoRAMerged(LinearWithLoRA):
         return F.linear(x, self.m * numerator / numerator.norm(p=2, dim=0, keepdim=True), self.linear.bias)
 
 
+class DividedByRank(LinearWithLoRA):
+    """Later editions of the same tutorials scale by alpha / rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + (self.lora.alpha / R) * (x @ self.lora.A @ self.lora.B)
+
+
 class LinearWithDoRA(LinearWithLoRA):
     """It normalises the activations of the LoRA branch."""
 
@@ -103,15 +110,18 @@ def test_recipes(cls: type[LinearWithLoRA]) -> None:
     assert_close(train(plain, batches), train(layer, batches))
 
 
-@pytest.mark.parametrize("cls", RECIPES)
-def test_from_layer(cls: type[LinearWithLoRA]) -> None:
-    """The wrapped layer itself, adapted; it goes on training as the wrapper would have."""
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("cls", [*RECIPES, DividedByRank])
+def test_from_layer(cls: type[LinearWithLoRA], fresh: bool) -> None:
+    """The wrapped layer itself, adapted; it goes on training as the wrapper would have, from a B of zeros as well."""
     layer = made(cls)
+    if fresh:
+        nn.init.zeros_(layer.lora.B)
     twin, x = copy.deepcopy(layer), torch.randn(3, 5, dtype=torch.float64)
     linear = layer.linear
     adapted = lp.from_layer(layer, name="task")
     assert adapted is linear
-    assert lp.adapters(adapted) == {"task": {"weight": RECIPES[cls]}}
+    assert lp.adapters(adapted) == {"task": {"weight": RECIPES.get(cls, lp.LoRA(r=R, alpha=ALPHA))}}
     assert_close(adapted(x), twin(x))
     batches = [torch.randn(3, 5, dtype=torch.float64) for _ in range(5)]
     assert_close(train(adapted, batches), train(twin, batches))
@@ -134,6 +144,15 @@ def test_a_layer_that_normalises_activations_is_no_function_of_a_weight() -> Non
     assert not lp.adapters(layer)
     for key, value in layer.state_dict().items():
         assert_close(value, before[key], rtol=0, atol=0)
+
+
+def test_what_a_fresh_layer_does_is_seen_and_leaves_no_trace() -> None:
+    layer = made(WithEverything)
+    nn.init.zeros_(layer.lora.B)
+    with pytest.raises(lp.AttachError, match="WithEverything does not compute"):
+        lp.from_layer(layer)
+    assert not layer.lora.B.any()
+    assert layer.training
 
 
 def test_what_is_no_such_layer() -> None:
