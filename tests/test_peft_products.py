@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, reject
 from hypothesis import strategies as st
-from peft_models import base_and_input
+from peft_models import base_and_input, in_peft, output
 from test_peft_drawn import TARGETS, close, saved_and_merged, trained
 from test_plans import unchanged
 
@@ -52,7 +52,30 @@ def test_loha_and_lokr(name: str, kron: bool, r: int, data: st.DataObject) -> No
             "decompose_factor": data.draw(st.sampled_from([-1, 2])),
         }
     kinds = same_as_peft(name, (peft.LoKrConfig if kron else peft.LoHaConfig)(**settings))
-    assert set(kinds) == {"Full"}
+    assert set(kinds) <= {"LoRA", "Full"}
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (peft.LoHaConfig(r=1, alpha=3), "LoRA"),
+        (peft.LoHaConfig(r=3, alpha=3), "Full"),  # of rank 9, which is larger than the matrix itself
+        (peft.LoKrConfig(r=1, alpha=3, decompose_both=True, decompose_factor=2), "LoRA"),
+        (peft.LoKrConfig(r=8, alpha=3), "Full"),
+    ],
+)
+def test_a_product_is_a_pair_where_that_is_smaller(config: peft.PeftConfig, kind: str, tmp_path: Path) -> None:
+    """And then any format can hold it, PEFT's LoRA among them."""
+    base, x = base_and_input("linear")
+    config.target_modules = {"a"}
+    merged = saved_and_merged(trained(base, config), tmp_path / "theirs")
+    assert [type(row.method).__name__ for row in lp.load(base, tmp_path / "theirs")] == [kind]
+    close(lp.merged_state_dict(base), merged)
+    if kind == "LoRA":
+        lp.save(base, tmp_path / "ours", format="peft")
+        expected = output(base, x)
+        lp.detach(base)
+        torch.testing.assert_close(output(in_peft(base, tmp_path / "ours"), x), expected)
 
 
 @given(st.integers(1, 7), st.sampled_from(["none", "all", "vera_only"]))

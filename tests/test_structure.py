@@ -38,7 +38,7 @@ FLOORS = (
     ("merging", "check", "training"),
     ("state", "formats.files"),
     ("handmade", "formats.bases"),
-    ("formats.content",),
+    ("formats.content", "formats.products"),
     ("formats.portable",),
     ("formats.peft_patterns", "formats.peft_shapes", "formats.peft_starts", "formats.peft_products"),
     ("formats.peft_keys",),

@@ -38,8 +38,8 @@ def test_merging_gives_what_peft_merges(name: str, tmp_path: Path) -> None:
     assert set(found) == set(base)
 
 
-# What these products add is read as a difference, which PEFT keeps only beside a LoRA.
-DIFFERENCES = ("loha_linear", "lokr_linear")
+# What this product adds is read as a difference, which PEFT keeps only beside a LoRA.
+DIFFERENCES = ("loha_linear",)
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)

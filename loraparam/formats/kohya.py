@@ -23,11 +23,12 @@ from .bases import Base
 from .components import Prefix, component_of, locate
 from .content import Content, Item
 from .files import open_safetensors, safetensors_bytes, write_whole
-from .kohya_products import HADAMARD, KRONECKER, Product, product_of, refuse_misfit
+from .kohya_products import HADAMARD, KRONECKER, product_of, refuse_misfit
 from .kohya_write import EPS, FLAVOR, Flavor, Names, WritePrefix, Writer, check_flavor, from_comfyui
 from .leaves import Group, Leaves, alpha_of, layout_for, matrices, read_groups, refuse_growth, squeezed
 from .pairs import Implied, Pair
 from .portable import replacements, trained, whole
+from .products import Product
 
 NAME = "kohya"
 HINTS = ("prefix", "flavor", "names")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from .products import Operand, Product, whole_operand
 
 Tensors = Mapping[str, Tensor]
 
@@ -52,6 +53,24 @@ def product(tensors: Tensors, shape: Sequence[int]) -> Tensor:
     wide = {leaf: tensor.double() for leaf, tensor in tensors.items()}
     made = _loha(wide, shape) if "hada_w1_a" in wide else _lokr(wide, shape)
     return made.reshape(torch.Size(shape))
+
+
+def low_rank(tensors: Tensors, out: int, in_: int) -> tuple[Tensor, Tensor] | None:
+    """The same as one pair, A (r, in·∏k) and B (out, r) in float64, where that is smaller than the whole product."""
+    if any(leaf in tensors for leaf in ("hada_t1", "lokr_t2")):
+        return None
+    kronecker = "hada_w1_a" not in tensors
+    stem = "lokr_w" if kronecker else "hada_w"
+    left, right = (_operand(tensors, f"{stem}{side}") for side in (1, 2))
+    whole = Product(left, right, kronecker, None)
+    return whole.pair() if whole.is_pair(out, in_) else None
+
+
+def _operand(tensors: Tensors, name: str) -> Operand:
+    if name in tensors:
+        return whole_operand(tensors[name])
+    P, Q = tensors[f"{name}_a"], tensors[f"{name}_b"]
+    return Operand(P, Q, Q.shape[0])
 
 
 def _loha(t: Tensors, shape: Sequence[int]) -> Tensor:

@@ -16,7 +16,7 @@ from .content import Item
 from .peft_config import Config
 from .peft_keys import Layer, Tensors
 from .peft_places import Places, Spot
-from .peft_products import LEAVES, miss, product, rank_of, vera
+from .peft_products import LEAVES, low_rank, miss, product, rank_of, vera
 from .peft_shapes import from_experts, from_groups, rescaled_groups
 from .peft_starts import starting_pair
 from .portable import at_most_full_rank
@@ -223,7 +223,7 @@ class LayerReader:
             self.items.append(Item(bias, IA3(), {"scale": l.clone()}, Layout(), self.base.shape(bias)))
 
     def _product(self, owner: str, layer: Layer) -> None:
-        """LoHa and LoKr as differences, VeRA and MiSS as the LoRA they are."""
+        """LoHa, LoKr, VeRA and MiSS as the LoRA they are; LoHa and LoKr whole, where that is smaller."""
         spot = self.places.find(owner, layer, -1, -1)
         if spot is None:
             return
@@ -239,8 +239,11 @@ class LayerReader:
                 made, r = product(layer.tensors, spot.shape), rank_of(layer.tensors)
                 r = self.config.rank_for(spot.name) if r is None else r
                 scale = self.config.alpha_for(spot.name, r) / r
-                self._item(spot, Full(), {"diff": (made * scale).float()})
-                return
+                pair = low_rank(layer.tensors, out, in_) if spot.layout.out == 0 else None
+                if pair is None:
+                    self._item(spot, Full(), {"diff": (made * scale).float()})
+                    return
+                A, B = pair[0].float(), (pair[1] * scale).float()
         except FormatError as error:
             raise self.error(layer, f"cannot be read: {error}") from None
         A, B = at_most_full_rank(A, B)
