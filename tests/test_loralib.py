@@ -607,3 +607,25 @@ def test_names_and_order_of_parameters() -> None:
     names = ["bias", "parametrizations.weight.original", f"{stem}.lora_A", f"{stem}.lora_B"]
     assert [name for name, _ in lora.Linear(4, 6, r=2).named_parameters()] == names
     assert [name for name, _ in original.Linear(4, 6, r=2).named_parameters()] == ["weight", "bias", "lora_A", "lora_B"]
+
+
+def test_tying_a_plain_layers_weight_to_a_drop_ins() -> None:
+    """As language models tie their head: the plain layer has the base, without the LoRA, as with the original."""
+    table, head = lora.Embedding(10, 6, r=2), nn.Linear(6, 10, bias=False)
+    twin, theirs = original.Embedding(10, 6, r=2), nn.Linear(6, 10, bias=False)
+    with pytest.raises(TypeError, match="cannot assign"):
+        head.weight = table.weight  # the effective weight, which is no Parameter
+    table.weight = head.weight
+    theirs.weight = twin.weight
+    twin.load_state_dict(table.state_dict())
+    for layer in (table, twin):
+        with torch.no_grad():
+            layer.lora_A.copy_(torch.linspace(-1, 1, 20).reshape(2, 10))
+    twin.lora_B.data.copy_(table.lora_B.data)
+    ids = torch.arange(10)
+    for _ in range(2):
+        assert_close(head(table(ids)), theirs(twin(ids)))
+        with torch.no_grad():
+            for weight in (head.weight, theirs.weight):
+                weight.mul_(2)
+    assert torch.equal(copy.deepcopy(nn.ModuleList([table, head]))[0].state_dict()["weight"], head.weight)
