@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -152,6 +153,19 @@ def test_an_out_that_cannot_be_written(place: Path, command: str) -> None:
     done = run(command, *args)
     assert done.code == 2
     assert done.stderr.count("\n") == 1
+    assert content(place) == before
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_ctrl_c_is_one_line_and_leaves_nothing(place: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    before = content(place)
+    monkeypatch.setattr(os, "fsync", interrupt)
+    done = run(command, *arguments(command, place))
+    assert (done.code, done.stderr.count("\n"), done.stdout) == (130, 1, "")
+    assert done.stderr.startswith(f"loraparam {command}: interrupted")
     assert content(place) == before
 
 

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     0 is success; 1 is a check that found something (``verify``, ``demo``); 2 is bad input, or a file that cannot be
-    read or written, explained in one line on stderr, with nothing written.
+    read or written, explained in one line on stderr, with nothing written; 130 is Ctrl-C, as in a shell.
 
     Args:
         argv: the arguments without the program's name. Default: those of this process.
@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LoraparamError, OSError) as error:
         tell(error)
         return 2
+    except KeyboardInterrupt:
+        tell("interrupted; what was there before is unchanged")
+        return 130
     return code
 
 
