@@ -1,10 +1,13 @@
 """Damaged checkpoints and adapters given to the tools: our error and nothing written, or a result that can be read."""
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import adapted, content, many, save_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
@@ -134,4 +137,34 @@ def test_factors_of_another_shape(tmp_path: Path, place: Path, tool: str, old: b
     else:
         with pytest.raises(lp.FormatError, match=match):
             TOOLS[tool](tmp_path)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [(math.nan, "holds NaN or infinity"), (torch.int64, r"has dtype torch\.int64; allowed: a floating")],
+)
+@pytest.mark.parametrize("key", ["linear.lora_A", "linear.lora_B", "linear.bias"])
+@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool != "extract"])
+def test_values_that_are_no_finite_numbers_in_a_format_without_its_own_check(
+    tmp_path: Path, place: Path, tool: str, key: str, value: Any, match: str
+) -> None:
+    (tmp_path / "base").write_bytes((place / "base").read_bytes())
+    state = {"linear.lora_A": torch.ones(2, 6), "linear.lora_B": torch.ones(8, 2), "linear.bias": torch.ones(8)}
+    state[key] = state[key].to(value) if isinstance(value, torch.dtype) else state[key] * value
+    torch.save(state, tmp_path / "adapter.pt")
+    before, hints = content(tmp_path), {"format": "loralib", "alpha": 2}
+    call: Any = {
+        "merge": lambda at: lp.merge_files(at / "base", at / "adapter.pt", at / "out", **hints),
+        "resize": lambda at: lp.resize(at / "adapter.pt", at / "out.pt", rank=1, base=at / "base", **hints),
+        "combine": lambda at: lp.combine([at / "adapter.pt"], at / "out", base=at / "base", **hints),
+        "convert": lambda at: lp.convert(at / "adapter.pt", at / "out", to="peft", base=at / "base", **hints),
+        "inspect": lambda at: lp.inspect_file(at / "adapter.pt", base=at / "base", **hints),
+        "verify": lambda at: lp.verify(at / "base", at / "adapter.pt", **hints),
+    }[tool]
+    if tool == "verify":  # which reports it
+        assert re.search(match, str(call(tmp_path)))
+    else:
+        with pytest.raises(lp.FormatError, match=rf"'linear\.(weight\.)?{key[7:]}' {match}"):
+            call(tmp_path)
     assert content(tmp_path) == before

@@ -130,11 +130,18 @@ def attach_content(model: nn.Module, content: Content, name: str, *, check_base:
 
 
 def refuse_infinite(content: Content) -> None:
-    """Refuse a scale that makes s·B infinite, which folding, merging and every tool compute.
+    """Refuse values that are no finite numbers, and a scale that makes s·B infinite, which every tool computes.
 
     Raises:
-        FormatError: there is one.
+        FormatError: there are such.
     """
+    values = {f"{item.path}.{key}": factor for item in content.items for key, factor in item.factors.items()}
+    for path, value in {**values, **content.replaced}.items():
+        try:
+            # Nothing computes in 8 bits.
+            check_factor(path, value, value.shape, value.dtype if value.dtype.itemsize > 1 else torch.float32)
+        except StateError as error:
+            raise FormatError(f"{content.source!r}: {error}") from None
     for item in content.items:
         B = item.factors.get("lora_B")
         if not isinstance(item.method, LowRank) or B is None or not B.numel():
