@@ -59,7 +59,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # without a number the message is all it has, and a name would hide it
+            error.filename = error.filename or str(path)
         raise
 
 
