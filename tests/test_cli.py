@@ -169,6 +169,17 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(place: Path, command: str, monkey
     assert content(place) == before
 
 
+def test_nobody_reads_what_is_printed(place: Path) -> None:
+    """As in ``loraparam inspect … | head``: no traceback, and the exit code of a closed pipe."""
+    command = [sys.executable, "-m", "loraparam", *("inspect", str(place / "a.safetensors"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (141, b"")
+
+
 @pytest.mark.parametrize(
     ("args", "match"),
     [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
     0 is success; 1 is a check that found something (``verify``, ``demo``); 2 is bad input, or a file that cannot be
-    read or written, explained in one line on stderr, with nothing written; 130 is Ctrl-C, as in a shell.
+    read or written, explained in one line on stderr, with nothing written; 130 is Ctrl-C, as in a shell, and 141 that
+    nobody reads what is printed, as when it goes to ``head``.
 
     Args:
         argv: the arguments without the program's name. Default: those of this process.
@@ -58,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_, **__: tell(message, "warning: ")
             code: int = command.run(args)
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # What Python still holds would raise again when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (LoraparamError, OSError) as error:
         tell(error)
         return 2
