@@ -296,6 +296,10 @@ def test_modes() -> None:
     assert not layer.merged
     assert conv.eval() is conv
     assert not conv.merged
+    with pytest.raises(AttributeError):
+        layer.merged = True  # the mode says it
+    for name in ("lora_dropout", "lora_ind", "zero_pad"):
+        assert not hasattr(lora.MergedLinear(4, 6, r=2, enable_lora=[True, False]), name)
 
 
 def test_gradients_in_eval_mode() -> None:
