@@ -154,11 +154,15 @@ class _Link(torch.autograd.Function):
         return None, None, None, *pull_back(grad)
 
 
+# torch's own ``apply`` first looks for functorch's transforms, under which no weight is made: in a model, where caches
+# are cold, that takes longer than all the rest of it.
+_link: Callable[..., EffectiveWeight] = super(torch.autograd.Function, _Link).apply
+
+
 def make(source: Source, like: Tensor, site: Any = None) -> EffectiveWeight:
     """An effective weight shaped, typed and placed as ``like``."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in source.tensors):
-        weight: EffectiveWeight = _Link.apply(source, like, site, *source.tensors)  # type: ignore[no-untyped-call]
-        return weight
+        return _link(source, like, site, *source.tensors)
     return EffectiveWeight(like, source, site)
 
 

@@ -44,13 +44,10 @@ def must_be_dense() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd.forward_ad._current_level >= 0
-        or _mode(_FAKE) is not None
-        or _mode(_PROXY) is not None
-        or _mode(_FUNCTIONAL) is not None
+        or (torch._C._len_torch_dispatch_stack() > 0 and any(_mode(kind) is not None for kind in _TRACING))
     )
 
 
 _mode = torch._C._get_dispatch_mode
-_FAKE = torch._C._TorchDispatchModeKey.FAKE
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
-_FUNCTIONAL = torch._C._TorchDispatchModeKey.FUNCTIONAL
+_keys = torch._C._TorchDispatchModeKey
+_TRACING = (_keys.FAKE, _keys.PROXY, _keys.FUNCTIONAL)

@@ -208,7 +208,7 @@ class AdapterStack(nn.Module):
         """The effective weight, shaped and typed as the base."""
         if must_be_dense():
             return self.compose(base, self.entries, noisy=self.training)
-        steps = self._steps(self.entries, self.training)
+        steps = _acting(self.entries, self.training)
         if not steps:
             return base.clone() if self.volatile else base
         weight = make(Head(self, base, steps, self.training), base)
@@ -227,9 +227,11 @@ class AdapterStack(nn.Module):
         """What acts now. Compiled code reads the strength's tensor: Python state would recompile at each change."""
         if torch.compiler.is_compiling():
             return [(entry, entry._strength, entry.seen(noisy)) for entry in entries]
-        return [
-            (entry, entry.strength, entry.seen(noisy)) for entry in entries if entry.strength != 0 and not entry.holds
-        ]
+        return _acting(entries, noisy)
+
+
+def _acting(entries: list[AdapterFactors], noisy: bool) -> list[Step]:
+    return [(entry, entry.strength, entry.seen(noisy)) for entry in entries if entry.strength != 0 and not entry.holds]
 
 
 def apply_steps(base: Tensor, steps: Sequence[Step], noisy: bool) -> Tensor:

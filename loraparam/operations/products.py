@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import fused
 from ..effective import EffectiveWeight
@@ -62,6 +62,9 @@ def _thin(x: Tensor, down: Tensor, up: Tensor, index: Tensor | None) -> Tensor:
     return fused.gathered(x, down, up, index)
 
 
+_ORDINARY = (nn.Parameter, Tensor)
+
+
 def _is_plain(x: Tensor, form: Form) -> bool:
     """Whether the product is one of two ordinary matrices of one dtype."""
     weight = form.weight
@@ -69,8 +72,7 @@ def _is_plain(x: Tensor, form: Form) -> bool:
         weight.dtype is x.dtype
         and weight.dim() == 2
         and x.dim() >= 2
-        and not can_dequantize(weight)
-        and not is_spread(weight)
+        and (type(weight) in _ORDINARY or not (can_dequantize(weight) or is_spread(weight)))
         and not autocasts(x)
     )
 
