@@ -60,11 +60,11 @@ def tied(case: Any) -> bool:
 @pytest.mark.parametrize(
     ("condition", "shown"),
     [
-        (lambda case: True, "Linear(in_features=1, out_features=1, bias=True) on (1,)"),
-        (lambda case: case.dtype == torch.bfloat16, "Linear(in_features=1, out_features=1, bias=True) on (1,), "),
+        (lambda case: True, "Linear(in_features=2, out_features=2, bias=True) on (2,)"),
+        (lambda case: case.dtype == torch.bfloat16, "Linear(in_features=2, out_features=2, bias=True) on (2,), "),
         (has(nn.Conv1d, groups=2), "Conv1d(2, 2, kernel_size=(1,), stride=(1,), groups=2, bias=False) on (1, 2, 6)"),
-        (has(nn.LSTM), "LSTM(1, 3, bias=False, batch_first=True) on (2, 3, 1)"),
-        (lambda case: case.name == "shared" and tied(case), "Shared( (embed): Embedding(1, 1) "),
+        (has(nn.LSTM), "LSTM(2, 3, bias=False, batch_first=True) on (2, 3, 2)"),
+        (lambda case: case.name == "shared" and tied(case), "Shared( (embed): Embedding(2, 2) "),
     ],
     ids=["any", "dtype", "groups", "lstm", "tied"],
 )

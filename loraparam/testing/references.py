@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,8 +43,11 @@ class Reference:
         return grads
 
 
-def reference(plain: nn.Module, adapted: nn.Module) -> Reference:
-    """``plain`` with the effective weights of ``adapted``, its parameters requiring grad, in place."""
+def reference(plain: nn.Module, adapted: nn.Module, *, detach_norms: bool = False) -> Reference:
+    """``plain`` with the effective weights of ``adapted``, its parameters requiring grad, in place.
+
+    With ``detach_norms`` norms are constants in the backward pass.
+    """
     weights = {}
     found = groups(adapted)
     for group in found:
@@ -59,12 +62,20 @@ def reference(plain: nn.Module, adapted: nn.Module) -> Reference:
             own = {name: t.detach().double().requires_grad_() for name, t in entry.factors().items()}
             used.append((entry, own))
             part = effective if entry.part is None else entry.part.take(effective)
-            new = entry.method.apply(part, own, entry.layout)
+            method: Any = entry.method
+            if detach_norms and differentiates_norm(method):
+                method = replace(method, detach_norm=True)
+            new = method.apply(part, own, entry.layout)
             new = part + entry.strength * (new - part)
             effective = new if entry.part is None else entry.part.put(effective, new)
         weights[group[0].path] = (effective, used)
         _replace(known.leaves[group[0].path].places, effective.detach().to(base.dtype))
     return Reference(plain, weights)
+
+
+def differentiates_norm(method: Any) -> bool:
+    """Whether a norm in it is no constant in the backward pass."""
+    return not getattr(method, "detach_norm", True)
 
 
 def _take_off_others(place: Place) -> None:
