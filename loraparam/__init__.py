@@ -1,5 +1,8 @@
 """Adapters (LoRA, DoRA and more) on any parameter of any existing PyTorch model, through ``parametrize``."""
 
+import importlib as _importlib
+import typing as _typing
+
 from . import functional as functional
 from .adapters import activate as activate
 from .adapters import adapters as adapters
@@ -37,17 +40,19 @@ from .state import base_state_dict as base_state_dict
 from .state import load_state_dict as load_state_dict
 from .state import merged_state_dict as merged_state_dict
 from .state import state_dict as state_dict
-from .tools import combine as combine
-from .tools import convert as convert
-from .tools import extract as extract
-from .tools import inspect_file as inspect_file
-from .tools import merge_files as merge_files
-from .tools import resize as resize
-from .tools import verify as verify
 from .training import named_parameters as named_parameters
 from .training import param_groups as param_groups
 from .training import parameters as parameters
 from .training import summary as summary
+
+if _typing.TYPE_CHECKING:
+    from .tools.combine import combine as combine
+    from .tools.convert import convert as convert
+    from .tools.extract import extract as extract
+    from .tools.inspect import inspect_file as inspect_file
+    from .tools.merge_files import merge_files as merge_files
+    from .tools.resize import resize as resize
+    from .tools.verify import verify as verify
 
 __version__ = "0.1.0"
 
@@ -101,3 +106,18 @@ __all__ = [
     "summary",
     "verify",
 ]
+
+_TOOLS = ("combine", "convert", "extract", "inspect_file", "merge_files", "resize", "verify")
+
+
+def __getattr__(name: str) -> _typing.Any:
+    """The operations on files, imported when the first is asked for: models need none of them."""
+    if name not in _TOOLS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(_importlib.import_module(f"{__name__}.tools"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TOOLS})

@@ -55,6 +55,15 @@ def test_import_brings_in_nothing_but_the_dependencies(tmp_path: Path) -> None:
     assert brought_in - ours - sys.stdlib_module_names == set()
 
 
+def test_import_leaves_files_and_tools_for_later(tmp_path: Path) -> None:
+    asked = "print(lp.extract.__name__, lp.formats.FORMATS['peft'].NAME)"
+    code = f"import sys, loraparam as lp; print(*sys.modules); {asked}"
+    modules, names = run_python("-c", code, cwd=tmp_path).stdout.splitlines()
+    assert {"loraparam.formats.native", "loraparam.methods.lora"} <= set(modules.split())
+    assert not {"loraparam.tools", "loraparam.formats.peft", "loraparam.formats.kohya"} & set(modules.split())
+    assert names == "extract peft"
+
+
 def is_documented(name: str) -> bool:
     value = getattr(loraparam, name)
     if not isinstance(value, types.ModuleType) and not callable(value):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,34 @@ from ..plans import Plan
 from ..sharding import one_writes
 from ..suspension import refuse_suspended
 from ..training import parameters
-from . import diffusers, kohya, loralib, loratorch, native, peft
+from . import native
 from .bases import Base, ModelBase
 from .content import Content, attach_content, content_of, refuse_infinite
 from .files import PICKLES
 
-# Each reader and writer by name; formats/content.py says what such a module has. The order is that of detection:
-# a bare "lora_A" is kohya's below a name of its own, else loralib's.
-FORMATS: dict[str, Any] = {module.NAME: module for module in (native, peft, kohya, loralib, loratorch, diffusers)}
+
+class _Formats(Mapping[str, Any]):
+    """Each reader and writer by name, imported when it is asked for: together they take as long as all the rest.
+
+    formats/content.py says what such a module has. The order is that of detection: a bare "lora_A" is kohya's below a
+    name of its own, else loralib's.
+    """
+
+    _names = (native.NAME, "peft", "kohya", "loralib", "loratorch", "diffusers")
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return native if name == native.NAME else importlib.import_module(f"{__name__}.{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+FORMATS: Mapping[str, Any] = _Formats()
 
 
 def save(
@@ -170,7 +192,7 @@ def detect(path: Path) -> Any:
     if path.suffix in PICKLES and path.is_file():
         raise FormatError(
             f"{str(path)!r} is a file of torch.save, which is opened only where its format is named: give format=, "
-            f"such as {loralib.NAME!r}; its tensors are read then, and no code is run"
+            f"such as 'loralib'; its tensors are read then, and no code is run"
         )
     for reader in FORMATS.values():
         if reader.recognises(path):
