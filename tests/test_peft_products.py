@@ -1,5 +1,6 @@
 """PEFT's LoHa, LoKr, VeRA and MiSS over drawn configs: what PEFT merges is what we load."""
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from test_plans import unchanged
 
 import loraparam as lp
 from loraparam.formats.peft_products import product
+from loraparam.formats.products import kron
 
 
 def same_as_peft(name: str, config: Any) -> list[str]:
@@ -124,3 +126,16 @@ def test_products_of_kronecker_by_hand() -> None:
     w2 = torch.einsum("ijkl,ib,jd->bdkl", t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
     expected = torch.einsum("ac,bdkl->abcdkl", t["lokr_w1"], w2).reshape(8, 15, 3, 2)
     torch.testing.assert_close(product(t, (8, 15, 3, 2)).float(), expected)
+
+
+@given(st.lists(st.integers(1, 3), min_size=2, max_size=4), st.data())
+def test_kronecker_products_of_any_strides(sizes: list[int], data: st.DataObject) -> None:
+    """Each element by its indices; a matrix beside a kernel is one of as many dims, ones first."""
+    fewer = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=len(sizes)))
+    X, Y = (torch.randn(shape[::-1]).permute(*reversed(range(len(shape)))) for shape in (fewer, sizes))
+    found = kron(X, Y)
+    fewer = [1] * (len(sizes) - len(fewer)) + fewer
+    assert list(found.shape) == [m * n for m, n in zip(fewer, sizes, strict=True)]
+    for at in itertools.product(*map(range, found.shape)):
+        left, right = zip(*(divmod(i, size) for i, size in zip(at, sizes, strict=True)), strict=True)
+        assert found[at] == X.reshape(fewer)[left] * Y[right]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from .products import Operand, Product, whole_operand
+from .products import Operand, Product, kron, whole_operand
 
 Tensors = Mapping[str, Tensor]
 
@@ -104,15 +104,7 @@ def _lokr(t: Tensors, shape: Sequence[int]) -> Tensor:
     w1 = t["lokr_w1"] if "lokr_w1" in t else _pair(t["lokr_w1_a"], t["lokr_w1_b"], None)
     w2 = t["lokr_w2"] if "lokr_w2" in t else _pair(t["lokr_w2_a"], t["lokr_w2_b"], core)
     # As PEFT has it, which leaves w1 a matrix beside a kernel of one dim.
-    return _kron(w1[..., None, None] if w2.dim() == 4 else w1, w2)
-
-
-def _kron(a: Tensor, b: Tensor) -> Tensor:
-    """``torch.kron``, which fails on some strides (and PEFT's merge with it)."""
-    a = a.reshape([1] * (b.dim() - a.dim()) + list(a.shape))
-    spread = a[(..., *[None] * b.dim())] * b
-    order = [i for dim in range(b.dim()) for i in (dim, dim + b.dim())]
-    return spread.permute(order).reshape([m * n for m, n in zip(a.shape, b.shape, strict=True)])
+    return kron(w1[..., None, None] if w2.dim() == 4 else w1, w2)
 
 
 def _pair(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:

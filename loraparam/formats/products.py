@@ -66,18 +66,21 @@ class Product:
         """The same product as one pair, in float64."""
         P1, Q1, P2, Q2 = (tensor.double() for side in (self.left, self.right) for tensor in (side.P, side.Q))
         if self.kronecker:
-            return _kron(Q1, Q2), _kron(P1, P2)
+            return kron(Q1, Q2), kron(P1, P2)
         return (Q1[:, None] * Q2[None]).flatten(0, 1), (P1[:, :, None] * P2[:, None]).flatten(1)
 
     def dense(self) -> Tensor:  # (out, in)
         """The product itself, in float64."""
         left, right = (side.P.double() @ side.Q.double() for side in (self.left, self.right))
-        return _kron(left, right) if self.kronecker else left * right
+        return kron(left, right) if self.kronecker else left * right
 
 
-def _kron(X: Tensor, Y: Tensor) -> Tensor:
-    """X ⊗ Y; torch.kron fails on strides that a transposed column has."""
-    return (X[:, None, :, None] * Y[None, :, None, :]).reshape(X.shape[0] * Y.shape[0], -1)
+def kron(X: Tensor, Y: Tensor) -> Tensor:
+    """X ⊗ Y, of Y's dims; ``torch.kron`` fails on some strides, as a transposed column has them (PEFT's merge too)."""
+    X = X.reshape([1] * (Y.dim() - X.dim()) + list(X.shape))
+    outer = X.reshape([n for size in X.shape for n in (size, 1)])
+    inner = Y.reshape([n for size in Y.shape for n in (1, size)])
+    return (outer * inner).reshape([m * n for m, n in zip(X.shape, Y.shape, strict=True)])
 
 
 def whole_operand(matrix: Tensor) -> Operand:
