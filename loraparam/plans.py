@@ -197,7 +197,7 @@ class Trial:
     """What methods would add: each one's own ``init``, tried on the meta device, so the shapes stand in one place only.
 
     A model has many targets of few shapes, and a method on the meta device takes its time: each combination is tried
-    once for a plan. Never longer: methods are the user's, and may change.
+    once for a plan, or for a file. Never longer: methods are the user's, and may change.
     """
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import loraparam as lp
+from loraparam.formats.content import Content, Item
+from loraparam.formats.portable import refuse_misshapen
 
 
 def many(count: int, width: int = 4) -> nn.Module:
@@ -112,6 +114,16 @@ def test_a_plan_tries_a_method_once_for_each_shape() -> None:
         (6, 6),
     ]  # the first of them in two dtypes, the last for two methods
     assert [row.num_params for row in plan] == [4] * 5 + [6] * 4 + [4]
+
+
+def test_a_method_is_tried_once_for_each_shape_of_a_file() -> None:
+    items = tuple(Item(f"{i}.weight", Shift(), {"shift": torch.ones(4, 1)}, shape=(4, 4)) for i in range(3))
+    TRIED.clear()
+    refuse_misshapen(Content("x", items), None)
+    assert TRIED == [(4, 4)]
+    other = replace(items[0], path="3.weight", shape=(6, 4))
+    with pytest.raises(lp.FormatError, match=r"'x', target '3\.weight': factors of shapes .* on shape \(6, 4\)"):
+        refuse_misshapen(Content("x", (*items, other)), None)
 
 
 def test_a_method_without_a_hash_is_tried_each_time() -> None:

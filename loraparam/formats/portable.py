@@ -19,6 +19,7 @@ from ..functional import row_norm
 from ..layouts import Layout
 from ..methods import BlockLoRA, DoRA, Full, LoRA
 from ..methods.lowrank import LowRank
+from ..plans import Trial
 from ..slices import Slice
 from .bases import Base
 from .content import Content, Item, difference
@@ -51,6 +52,7 @@ def refuse_misshapen(content: Content, base: Base | None) -> None:
     Raises:
         FormatError: there are such, or the base's parameter is of another shape than the file says.
     """
+    trial = Trial()
     for item in content.items:
         at = f"{content.source!r}, target {item.path!r}"
         shape = item.shape
@@ -58,14 +60,16 @@ def refuse_misshapen(content: Content, base: Base | None) -> None:
             shape = tuple(base.shape(item.parameter))
             if item.shape is not None and item.shape != shape:
                 raise FormatError(f"{at}: is for shape {item.shape}; the base has {shape}")
-        wanted = _shapes(item, shape, base, at)
+        wanted = _shapes(item, shape, base, at, trial)
         found = {key: tuple(factor.shape) for key, factor in item.factors.items()}
         if wanted is not None and found != wanted:
             kind = type(item.method).__name__
             raise FormatError(f"{at}: factors of shapes {found}; a {kind} on shape {shape} has {wanted}")
 
 
-def _shapes(item: Item, shape: tuple[int, ...] | None, base: Base | None, at: str) -> dict[str, tuple[int, ...]] | None:
+def _shapes(
+    item: Item, shape: tuple[int, ...] | None, base: Base | None, at: str, trial: Trial
+) -> dict[str, tuple[int, ...]] | None:
     """{factor: its shape} of an item on a parameter of this shape; None where neither file nor base say enough."""
     if shape is None:
         return None
@@ -77,7 +81,7 @@ def _shapes(item: Item, shape: tuple[int, ...] | None, base: Base | None, at: st
             part = part_of(replace(item, shape=shape), base)
             assert part is not None
             own, layout = part.take(own), part.layout(layout)
-        return {key: tuple(factor.shape) for key, factor in item.method.init(own, layout).items()}
+        return {key: tuple(factor.shape) for key, factor in trial.factors(item.method, own, layout).items()}
     except LoraparamError as error:
         raise FormatError(f"{at}: {error}") from None
 
