@@ -18,7 +18,7 @@ from ..suspension import refuse_suspended
 from ..training import parameters
 from . import native
 from .bases import Base, ModelBase
-from .content import Content, attach_content, content_of, refuse_infinite
+from .content import Content, attach_content, content_of, refuse_unusable
 from .files import PICKLES
 
 
@@ -145,14 +145,14 @@ def read_content(
         hints: as for ``load``.
 
     Raises:
-        FormatError: the file is damaged or of an unknown format, or needs the base; or an unknown hint; or a scale that
-            makes s·B infinite.
+        FormatError: the file is damaged or of an unknown format, or needs the base; or an unknown hint; or values that
+            nothing computes with.
     """
     path = Path(path)
     reader = known_format(format) if format is not None else detect(path)
     _check_keywords("hint", hints, reader.HINTS, reader.NAME, also)
     content: Content = reader.read(path, base, **hints)
-    refuse_infinite(content)
+    refuse_unusable(content)
     return content
 
 

@@ -129,8 +129,8 @@ def attach_content(model: nn.Module, content: Content, name: str, *, check_base:
     return plan
 
 
-def refuse_infinite(content: Content) -> None:
-    """Refuse values that are no finite numbers, and a scale that makes s·B infinite, which every tool computes.
+def refuse_unusable(content: Content) -> None:
+    """Refuse what nothing computes with: NaN, infinities, integers, and a scale that makes s·B infinite.
 
     Raises:
         FormatError: there are such.
