@@ -10,7 +10,7 @@ import torch
 from checkpoints import adapted, content
 from diffusion_files import CASES
 from diffusion_files import case as diffusion_case
-from peft_files import DATA, MALFORMED, case
+from peft_files import DATA, MALFORMED, Case, case
 from safetensors.torch import load_file, save_file
 from test_kohya_read import READ as KOHYA
 from test_peft_read import READ
@@ -38,6 +38,18 @@ def test_merging_gives_what_peft_merges(name: str, tmp_path: Path) -> None:
     assert set(found) == set(base)
 
 
+def gives_what_peft_merges(subject: Case, adapter: Path, out: Path) -> None:
+    found = merged_by(subject.folder, adapter, out)
+    for path, value in subject.merged.items():
+        torch.testing.assert_close(found[path], value, rtol=1e-5, atol=1e-6)
+
+
+def to_native(subject: Case, folder: Path) -> None:
+    """The fixture as the folder's "native", which means the same."""
+    lp.convert(subject.folder, folder / "native", to="loraparam", base=subject.folder / "base.safetensors")
+    gives_what_peft_merges(subject, folder / "native", folder / "merged")
+
+
 # What this product adds is read as a difference, which PEFT keeps only beside a LoRA.
 DIFFERENCES = ("loha_linear",)
 
@@ -45,11 +57,7 @@ DIFFERENCES = ("loha_linear",)
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_products_become_differences_that_peft_has_no_place_for(name: str, tmp_path: Path) -> None:
     subject = case(name)
-    base = subject.folder / "base.safetensors"
-    lp.convert(subject.folder, tmp_path / "native", to="loraparam", base=base)
-    native = merged_by(subject.folder, tmp_path / "native", tmp_path / "merged")
-    for path, value in subject.merged.items():
-        torch.testing.assert_close(native[path], value, rtol=1e-5, atol=1e-6)
+    to_native(subject, tmp_path)
     with pytest.raises(lp.FormatError, match="adapts no layer: PEFT needs at least one LoRA"):
         lp.convert(tmp_path / "native", tmp_path / "peft", to="peft", base=subject.model())
     assert not (tmp_path / "peft").exists()
@@ -58,17 +66,11 @@ def test_products_become_differences_that_peft_has_no_place_for(name: str, tmp_p
 @pytest.mark.parametrize("name", [name for name in READ if name not in DIFFERENCES])
 def test_converting_to_the_native_format_and_back_keeps_the_weights(name: str, tmp_path: Path) -> None:
     subject = case(name)
-    base = subject.folder / "base.safetensors"
-    lp.convert(subject.folder, tmp_path / "native", to="loraparam", base=base)
-    native = merged_by(subject.folder, tmp_path / "native", tmp_path / "merged")
-    for path, value in subject.merged.items():
-        torch.testing.assert_close(native[path], value, rtol=1e-5, atol=1e-6)
+    to_native(subject, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of what PEFT's own forward does with the file
         lp.convert(tmp_path / "native", tmp_path / "peft", to="peft", base=subject.model())
-    back = merged_by(subject.folder, tmp_path / "peft", tmp_path / "again")
-    for path, value in subject.merged.items():
-        torch.testing.assert_close(back[path], value, rtol=1e-5, atol=1e-6)
+    gives_what_peft_merges(subject, tmp_path / "peft", tmp_path / "again")
 
 
 @pytest.mark.parametrize("name", READ)
