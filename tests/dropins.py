@@ -1,4 +1,4 @@
-"""What the tests of both drop-ins share: training, and the fixtures that the originals wrote."""
+"""What the tests of both drop-ins and of their files share: training, and the fixtures that the originals wrote."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ def input_for(layer: str, settings: dict[str, Any]) -> Tensor:
     if layer.startswith("Conv"):
         return torch.randn(2, settings["in_channels"], *(6,) * int(layer[4]))
     return torch.randn(3, settings.get("in_features", settings.get("embed_dim")))
+
+
+def moved(model: nn.Module, *also: str) -> nn.Module:
+    """The model, with its factors away from their start, and what has one of these in its name."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if any(part in key for part in ("lora_", *also)):
+                value.copy_(torch.randn(value.shape, generator=generator))
+    return model
 
 
 def train(model: nn.Module, batches: list[Tensor], *, eval_between: bool = False, after: Any = None) -> Tensor:
@@ -67,6 +77,24 @@ class Case:
             assert model.load_state_dict(state, strict=False).unexpected_keys == []
         return model
 
+    def plain(self) -> nn.Module:
+        """The model without LoRA, as the base has it."""
+        settings = {k: v for k, v in self.settings.items() if k not in ("r", "lora_alpha", "enable_lora")}
+        layer = getattr(nn, {"MergedLinear": "Linear"}.get(self.layer, self.layer))(**settings)
+        if any(key.startswith("layer.conv.") for key in self.base):
+            layer = nn.Sequential()
+            layer.conv = nn.Conv2d(**settings)
+        model = nn.Module()
+        model.layer = layer
+        model.load_state_dict(self.base)
+        return model
+
+    def hints(self) -> dict[str, Any]:
+        """What a reader has to be told."""
+        given = {"alpha": self.settings["lora_alpha"]}
+        flags = self.settings.get("enable_lora")
+        return {**given, "enable_lora": flags} if flags else given
+
     def output(self, model: nn.Module) -> Tensor:
         """What its layer makes of the fixture's input."""
         x = self.expected["input"]
@@ -76,3 +104,6 @@ class Case:
 def cases(library: str) -> dict[str, Case]:
     """The fixtures of one library, by name."""
     return {folder.name: Case(folder) for folder in sorted((DATA / library).iterdir())}
+
+
+FIXTURES = {(library, name): case for library in ("loralib", "loratorch") for name, case in cases(library).items()}

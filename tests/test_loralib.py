@@ -11,7 +11,7 @@ from typing import Any
 import loralib as original
 import pytest
 import torch
-from dropins import cases, input_for, train
+from dropins import cases, input_for, moved, train
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -63,16 +63,6 @@ def both(case: str) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(0)
         made.append(getattr(library, name)(**settings))
     return made[0], made[1]
-
-
-def moved(model: nn.Module) -> nn.Module:
-    """The model, with its factors away from their start."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for key, value in model.state_dict().items():
-            if "lora_" in key:
-                value.copy_(torch.randn(value.shape, generator=generator))
-    return model
 
 
 @pytest.mark.parametrize("case", LAYERS)

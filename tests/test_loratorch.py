@@ -11,7 +11,7 @@ from typing import Any
 import loralib
 import pytest
 import torch
-from dropins import cases, input_for, train
+from dropins import cases, input_for, moved, train
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -93,16 +93,6 @@ class Formula(nn.Module):
             base = self.plain.get_parameter(name)
             weights[name] = base + self.scale * delta(self.factors[2 * i], self.factors[2 * i + 1])
         return torch.func.functional_call(self.plain, weights, args)
-
-
-def moved(model: nn.Module) -> nn.Module:
-    """The model, with its factors away from their start."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def leaf(tensor: Tensor) -> nn.Parameter:

@@ -10,12 +10,11 @@ import torch
 from checkpoints import adapted, content
 from diffusion_files import CASES
 from diffusion_files import case as diffusion_case
+from dropins import FIXTURES
 from peft_files import DATA, MALFORMED, Case, case
 from safetensors.torch import load_file, save_file
 from test_kohya_read import READ as KOHYA
 from test_peft_read import READ
-from test_unscaled_files import FIXTURES
-from test_unscaled_files import hints as unscaled_hints
 from torch import Tensor
 
 import loraparam as lp
@@ -132,7 +131,7 @@ def _foreign() -> dict[str, Foreign]:
     for (format, name), fixture in FIXTURES.items():
         start = "merged/"
         wanted = {key[len(start) :]: value for key, value in fixture.expected.items() if key.startswith(start)}
-        found[f"{format}/{name}"] = Foreign(fixture.base, fixture.file, format, unscaled_hints(fixture), wanted)
+        found[f"{format}/{name}"] = Foreign(fixture.base, fixture.file, format, fixture.hints(), wanted)
     return found
 
 

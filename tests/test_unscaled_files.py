@@ -10,7 +10,7 @@ from typing import Any
 import loralib
 import pytest
 import torch
-from dropins import Case, cases
+from dropins import FIXTURES, moved
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -23,34 +23,13 @@ from loraparam.formats.content import content_of
 from loraparam.formats.portable import whole
 from loraparam.testing.subjects import shake
 
-FIXTURES = {(name, case): value for name in ("loralib", "loratorch") for case, value in cases(name).items()}
-
-
-def plain(case: Case) -> nn.Module:
-    """The model without LoRA, as the fixture's base has it."""
-    settings = {k: v for k, v in case.settings.items() if k not in ("r", "lora_alpha", "enable_lora")}
-    layer = getattr(nn, {"MergedLinear": "Linear"}.get(case.layer, case.layer))(**settings)
-    if any(key.startswith("layer.conv.") for key in case.base):
-        layer = nn.Sequential()
-        layer.conv = nn.Conv2d(**settings)
-    model = nn.Module()
-    model.layer = layer
-    model.load_state_dict(case.base)
-    return model
-
-
-def hints(case: Case) -> dict[str, Any]:
-    given = {"alpha": case.settings["lora_alpha"]}
-    flags = case.settings.get("enable_lora")
-    return {**given, "enable_lora": flags} if flags else given
-
 
 @pytest.mark.parametrize(("name", "case"), FIXTURES)
 def test_what_the_originals_wrote(name: str, case: str, tmp_path: Path) -> None:
     """Effective weights and outputs are the originals'; written again, each tensor is what it was."""
     fixture = FIXTURES[name, case]
-    model = plain(fixture)
-    plan = lp.load(model, fixture.file, format=name, **hints(fixture))
+    model = fixture.plain()
+    plan = lp.load(model, fixture.file, format=name, **fixture.hints())
     for key, merged in fixture.expected.items():
         if key.startswith("merged/"):
             assert_close(lp.effective_weight(model, key.removeprefix("merged/")).detach(), merged)
@@ -58,9 +37,9 @@ def test_what_the_originals_wrote(name: str, case: str, tmp_path: Path) -> None:
     assert {row.rule for row in plan} == {str(fixture.file)}
     for suffix in (".pt", ".safetensors"):
         lp.save(model, tmp_path / f"again{suffix}", format=name)
-        other = plain(fixture)
+        other = fixture.plain()
         # safetensors is recognised by its keys.
-        lp.load(other, tmp_path / f"again{suffix}", format=name if suffix == ".pt" else None, **hints(fixture))
+        lp.load(other, tmp_path / f"again{suffix}", format=name if suffix == ".pt" else None, **fixture.hints())
         assert_close(fixture.output(other), fixture.output(model))
     again = torch.load(tmp_path / "again.pt", weights_only=True)
     assert again.keys() == fixture.state.keys()
@@ -74,8 +53,8 @@ def test_a_checkpoint_is_base_enough(name: str, case: str, tmp_path: Path) -> No
     fixture = FIXTURES[name, case]
     save_file(fixture.base, tmp_path / "base.safetensors")
     reader = lp.formats.known_format(name)
-    content = reader.read(fixture.file, FileBase(tmp_path / "base.safetensors"), **hints(fixture))
-    known = reader.read(fixture.file, ModelBase(plain(fixture)), **hints(fixture))
+    content = reader.read(fixture.file, FileBase(tmp_path / "base.safetensors"), **fixture.hints())
+    known = reader.read(fixture.file, ModelBase(fixture.plain()), **fixture.hints())
     for one, other in zip(content.items, known.items, strict=True):
         assert (one.path, one.method) == (other.path, other.method)
         if one.part is None:  # in the same layout, or with the two factors exchanged
@@ -111,14 +90,6 @@ LAYERS: dict[str, tuple[str, dict[str, Any], Callable[[], nn.Module]]] = {
 ALPHA = 5
 
 
-def moved(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for key, value in model.state_dict().items():
-            if "lora_" in key or "bias" in key:
-                value.normal_()
-    return model
-
-
 def input_of(case: str) -> Tensor:
     name, settings, _ = LAYERS[case]
     if name == "Embedding":
@@ -131,7 +102,7 @@ def input_of(case: str) -> Tensor:
 def test_with_loralib_itself(case: str, bias: str, tmp_path: Path) -> None:
     """Its file onto a plain model in another place, biases included; that model's file into loralib's."""
     name, settings, make = LAYERS[case]
-    theirs = nn.ModuleDict({"layer": moved(getattr(loralib, name)(**settings, lora_alpha=ALPHA))})
+    theirs = nn.ModuleDict({"layer": moved(getattr(loralib, name)(**settings, lora_alpha=ALPHA), "bias")})
     inner = theirs["layer"].conv if name == "Conv2d" else theirs["layer"]
     model = nn.ModuleDict({"net": nn.ModuleDict({"layer": make()})})
     model["net"]["layer"].load_state_dict({k: v for k, v in inner.state_dict().items() if "lora_" not in k})
