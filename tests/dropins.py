@@ -32,6 +32,29 @@ def moved(model: nn.Module, *also: str) -> nn.Module:
     return model
 
 
+def leaf(tensor: Tensor) -> nn.Parameter:
+    """A parameter of its own, with these values."""
+    return nn.Parameter(tensor.detach().clone())
+
+
+class Formula(nn.Module):
+    """A plain layer called with W + s·f(A, B)."""
+
+    def __init__(self, plain: nn.Module, scale: float, pairs: dict[str, tuple[nn.Parameter, nn.Parameter, Any]]):
+        super().__init__()
+        self.plain = plain.requires_grad_(False)
+        self.scale = scale
+        self.factors = nn.ParameterList([factor for A, B, _ in pairs.values() for factor in (A, B)])
+        self.delta = {name: delta for name, (_, _, delta) in pairs.items()}
+
+    def forward(self, *args: Tensor) -> Any:
+        weights = {}
+        for i, (name, delta) in enumerate(self.delta.items()):
+            base = self.plain.get_parameter(name)
+            weights[name] = base + self.scale * delta(self.factors[2 * i], self.factors[2 * i + 1])
+        return torch.func.functional_call(self.plain, weights, args)
+
+
 def train(model: nn.Module, batches: list[Tensor], *, eval_between: bool = False, after: Any = None) -> Tensor:
     """The losses of AdamW on whatever is trainable, one batch a step."""
     trainable = [p for p in model.parameters() if p.requires_grad]
