@@ -13,7 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import loraparam as lp
+from loraparam.formats import read_content
+from loraparam.formats.content import Item
 from loraparam.testing.subjects import shake
+from loraparam.tools.fitting import change
 
 
 class Many(nn.Module):
@@ -80,6 +83,16 @@ def content(path: Path) -> dict[str, bytes]:
     if path.is_file():
         return {"": path.read_bytes()}
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+def items(path: Path) -> dict[str, Item]:
+    """What an adapter file says, by target."""
+    return {item.path: item for item in read_content(path, None).items}
+
+
+def deltas(path: Path) -> dict[str, Tensor]:
+    """What an adapter file adds to each weight, by target."""
+    return {name: change(item, None) for name, item in items(path).items()}
 
 
 class Interrupted(BaseException):
