@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Many, content, every_interruption, many, save_checkpoint
+from checkpoints import Many, content, every_interruption, items, many, save_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import loraparam as lp
-from loraparam.formats import read_content
-from loraparam.formats.content import Item
 from loraparam.testing.subjects import shake
 from loraparam.tools.entrywise import dare, generator_for, ties, trimmed
 from loraparam.tools.fitting import plain
@@ -70,10 +68,6 @@ def added(path: Path) -> dict[str, Tensor]:
     model = many()
     lp.load(model, path)
     return differences(model, {"default": 1.0})
-
-
-def items(path: Path) -> dict[str, Item]:
-    return {item.path: item for item in read_content(path, None).items}
 
 
 target_sets = st.lists(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import adapted, content, every_interruption, many, save_checkpoint
+from checkpoints import adapted, content, every_interruption, items, many, save_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -44,7 +44,7 @@ def test_every_target_is_shown_as_it_is(place: Path) -> None:
         row.path: (type(row.method).__name__, row.num_params) for row in plan
     }
     assert found.parameters == plan.num_params
-    dense = {item.path: item for item in read_content(place / "adapter", None).items}
+    dense = items(place / "adapter")
     for row in found.rows:
         item = dense[row.path]
         assert row.shape == item.shape
