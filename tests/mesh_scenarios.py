@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed_scenarios import METHODS, gathered, mlps, refused, same_factors, sgd
+from distributed_models import EXACT, METHODS, gathered, mlps, refused, same_factors, sgd
 from launching import Scenarios
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -16,7 +16,6 @@ from torch.testing import assert_close
 
 import loraparam as lp
 
-EXACT = {"rtol": 0, "atol": 0}
 SCENARIOS = scenario = Scenarios()
 
 

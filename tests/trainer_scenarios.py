@@ -16,7 +16,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from distributed_scenarios import gathered
+from distributed_models import EXACT, gathered
 from launching import Scenarios
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ from transformers import Trainer
 import loraparam as lp
 from loraparam.integrations.transformers import AdapterCheckpoints
 
-EXACT = {"rtol": 0, "atol": 0}
 SCENARIOS = scenario = Scenarios()
 # Without dropout, which each process draws for itself.
 TARGETS = {"q_proj": lp.LoRA(r=2), "v_proj": lp.DoRA(r=2), "norm": lp.Full()}
