@@ -23,12 +23,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return launch("distributed_scenarios", 2, tmp_path_factory.mktemp("two"))
 
 
-@pytest.mark.parametrize("name", distributed_scenarios.SCENARIOS)
-def test_two_processes(name: str, two: list[dict[str, str]]) -> None:
-    errors = [result.get(name, "the process had ended") for result in two]
-    assert errors == ["", ""], "\n".join(errors)
-
-
 @pytest.fixture(scope="module")
 def trainers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("trainers")
@@ -36,21 +30,22 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return launch("trainer_scenarios", 2, folder)
 
 
-@pytest.mark.parametrize("name", trainer_scenarios.SCENARIOS)
-def test_trainers_on_two_processes(name: str, trainers: list[dict[str, str]]) -> None:
-    errors = [result.get(name, "the process had ended") for result in trainers]
-    assert errors == ["", ""], "\n".join(errors)
-
-
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return launch("mesh_scenarios", 4, tmp_path_factory.mktemp("four"))
 
 
-@pytest.mark.parametrize("name", mesh_scenarios.SCENARIOS)
-def test_four_processes(name: str, four: list[dict[str, str]]) -> None:
-    errors = [result.get(name, "the process had ended") for result in four]
-    assert errors == [""] * 4, "\n".join(errors)
+SCENARIOS = {
+    "two": distributed_scenarios.SCENARIOS,
+    "trainers": trainer_scenarios.SCENARIOS,
+    "four": mesh_scenarios.SCENARIOS,
+}
+
+
+@pytest.mark.parametrize(("processes", "name"), [(key, name) for key, names in SCENARIOS.items() for name in names])
+def test_scenario_on_several_processes(processes: str, name: str, request: pytest.FixtureRequest) -> None:
+    errors = [result.get(name, "the process had ended") for result in request.getfixturevalue(processes)]
+    assert not any(errors), "\n".join(errors)
 
 
 def launched(arguments: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
