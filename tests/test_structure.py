@@ -20,7 +20,7 @@ PACKAGE = "loraparam"
 # format or command needs no change to this list.
 FLOORS = (
     ("errors", "functional", "finite", "catalogue", "overrides"),
-    ("layouts", "fused", "execution", "lists"),
+    ("layouts", "fused", "fused_conv", "execution", "lists"),
     ("sharding",),
     ("refusals",),
     ("slices", "forms"),

@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import fused
 from ..effective import EffectiveWeight
 from ..forms import Form, Term
 from ..functional import autocasts
 from ..refusals import can_dequantize
-from ..sharding import is_spread
-from .registry import form_of, implements, ran
+from .registry import form_of, implements, ran, same_kind
 
 
 def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = None) -> Tensor:
@@ -36,7 +35,8 @@ def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = Non
         return y if bias is None else y + bias.to(y.dtype)
     A, B, scale = pair
     down, up = (B.mT, A.mT) if out_to_in else (A, B)
-    if not _is_plain(x, form) or not isinstance(scale, float):
+    plain = form.weight.dim() == 2 and x.dim() >= 2 and same_kind(x, form.weight)
+    if not plain or not isinstance(scale, float):
         y = _base(scaled, form, out_to_in)
         y = scale * _thin(x, down, up, form.index) + (y if post is None else y * post)
         # Under autocast the product has a narrower dtype than the bias.
@@ -60,21 +60,6 @@ def _thin(x: Tensor, down: Tensor, up: Tensor, index: Tensor | None) -> Tensor:
     if autocasts(x):
         return (x @ down[index].mT) @ up[index].mT
     return fused.gathered(x, down, up, index)
-
-
-_ORDINARY = (nn.Parameter, Tensor)
-
-
-def _is_plain(x: Tensor, form: Form) -> bool:
-    """Whether the product is one of two ordinary matrices of one dtype."""
-    weight = form.weight
-    return (
-        weight.dtype is x.dtype
-        and weight.dim() == 2
-        and x.dim() >= 2
-        and (type(weight) in _ORDINARY or not (can_dequantize(weight) or is_spread(weight)))
-        and not autocasts(x)
-    )
 
 
 def _as(scale: Tensor | None, x: Tensor, form: Form) -> Tensor | None:

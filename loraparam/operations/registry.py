@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from torch import Tensor, nn
+
 from ..effective import HANDLERS, EffectiveWeight, tell
 from ..forms import Form
+from ..functional import autocasts
+from ..refusals import can_dequantize
+from ..sharding import is_spread
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -38,3 +43,12 @@ def ran(weight: EffectiveWeight) -> None:
     """Say that an operation ran on the parts."""
     if weight._site is not None:
         tell(weight._site, "factored")
+
+
+_ORDINARY = (nn.Parameter, Tensor)
+
+
+def same_kind(x: Tensor, weight: Tensor) -> bool:
+    """Whether two tensors multiply as they are: ordinary ones of one dtype."""
+    ordinary = type(weight) in _ORDINARY or not (can_dequantize(weight) or is_spread(weight))
+    return weight.dtype is x.dtype and ordinary and not autocasts(x)
