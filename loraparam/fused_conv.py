@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class Options(NamedTuple):
-    """What a convolution takes besides its tensors, one number a dim of space; always in one group."""
+    """What a convolution takes besides its tensors: one number for each dim of space, or for all. In one group."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
-    transposed: bool
     output_padding: tuple[int, ...]
+    transposed: bool
 
 
 def convolution(
@@ -105,7 +105,7 @@ def _backward(grad: Tensor, x: Tensor, kernel: Tensor, options: Options, which: 
 
 def _arguments(options: Options) -> tuple[Any, ...]:
     """As torch's own functions take them, with the one group last."""
-    return (*options, 1)
+    return (*options[:3], options.transposed, options.output_padding, 1)
 
 
 def _stored(kernel: Tensor, options: Options) -> Tensor:

@@ -111,11 +111,15 @@ def test_row_scales_of_groups(kind: Any) -> None:
 def test_options_as_functions_take_them(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A number, or a tuple of one, for all dims of space."""
     monkeypatch.setattr(convolutions, "_worth_fusing", lambda x, form: True)
-    layer = randomized(nn.Conv2d(IN, IN, 3).double(), [lp.LoRA(r=2)], True)
+    transposed = function is F.conv_transpose2d
+    layer = randomized((TRANSPOSED if transposed else PLAIN)[2](IN, OUT, 3).double(), [lp.LoRA(r=2)], True)
     x = torch.randn(2, IN, 6, 5, dtype=torch.float64)
-    with lp.execution("merged"):
-        expected = function(x, layer.weight, None, 2, (1,))
-    assert_close(function(x, layer.weight, None, 2, (1,)), expected)
+    found = []
+    for kind in ("factored", "merged"):
+        with lp.execution(kind):
+            y = function(x, layer.weight, None, 2, (1,))
+            found.append([y, *torch.autograd.grad(y.sin().sum(), lp.parameters(layer))])
+    assert_close(*found)
 
 
 @pytest.mark.parametrize("with_row", [False, True])
@@ -125,7 +129,7 @@ def test_its_backward(with_row: bool, transposed: bool) -> None:
     torch.manual_seed(0)
     shapes = [(2, 2, 4, 3), (3, 2, 2, 2), (3,), (3,), (1, 2, 2, 2), (3, 1)]
     x, W, bias, row, A, B = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
-    options = fused_conv.Options((2, 1), (1, 0), (1, 2), transposed, (1, 0) if transposed else (0, 0))
+    options = fused_conv.Options((2, 1), (1, 0), (1, 2), (1, 0) if transposed else (0, 0), transposed)
 
     def run(*tensors: Tensor) -> Tensor:
         x, W, bias, A, B, *row = tensors

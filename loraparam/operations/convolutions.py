@@ -186,19 +186,11 @@ def _fused(
     A, B, scale = pair
     transposed = output_padding is not None
     W = form.weight.transpose(0, 1) if transposed else form.weight
-    space = W.dim() - 2
-    options = fused_conv.Options(
-        _each(stride, space),
-        _each(padding, space),
-        _each(dilation, space),
-        transposed,
-        _each(output_padding or 0, space),
-    )
+    stride, padding, dilation, output = map(_numbers, (stride, padding, dilation, output_padding or 0))
+    options = fused_conv.Options(stride, padding, dilation, output, transposed)
     assert isinstance(scale, float)
     return fused_conv.convolution(x, W, bias, form.row, A.view(-1, *W.shape[1:]), B, scale, options)
 
 
-def _each(value: Any, dims: int) -> tuple[int, ...]:
-    """A number for each dim of space."""
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * dims if len(values) == 1 else values
+def _numbers(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
