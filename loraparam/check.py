@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .adapters import check_known
-from .effective import watching
 from .errors import AttachError, listed
 from .hosts import Site, groups
 from .plans import table
 from .stack import AdapterFactors
 from .suspension import refuse_suspended
+from .watching import watching
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ Under functorch transforms, tracing and forward-mode differentiation a read yiel
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from . import overrides
 from .errors import AttachError, LoraparamError
 from .forms import Form
+from .watching import tell
 
 aten = torch.ops.aten
 
@@ -132,6 +132,48 @@ class EffectiveWeight(torch.Tensor):
         return f"EffectiveWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
+class Operand:
+    """An effective weight in the hands of code that gives it to one torch function, and to nothing else.
+
+    It is no tensor: in a model, where caches are cold, to make one and its link to autograd takes longer than all the
+    rest of a read. Functions of torch take it for one; a function that needs the tensor gets it.
+    """
+
+    __slots__ = ("_base", "_like", "_source")
+    _site: Any = None  # nobody is watching
+
+    def __init__(self, source: Source, like: Tensor) -> None:
+        self._source = source
+        self._like = like
+        self._base: Tensor | None = None
+
+    def form(self) -> Form | None:
+        """The structured form."""
+        return self._source.form()
+
+    def tensor(self) -> EffectiveWeight:
+        """The tensor that any other code would have read."""
+        weight = make(self._source, self._like)
+        weight._base = self._base
+        return weight
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        args, kwargs = tree_map_only(Operand, Operand.tensor, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __fx_create_arg__(self, tracer: Any) -> Any:
+        return tracer.create_arg(self.tensor())
+
+
 def _merged_data(weight: EffectiveWeight) -> Tensor:
     """The merged weight without a graph, below autograd."""
     tell(weight._site, "merged")
@@ -139,17 +181,26 @@ def _merged_data(weight: EffectiveWeight) -> Tensor:
 
 
 class _Link(torch.autograd.Function):
-    """Makes an effective weight a function of its tensors, for code that bypasses ``__torch_function__``."""
+    """Makes an effective weight a function of its tensors, for code that bypasses ``__torch_function__``.
+
+    Saves nothing in torch's way: which kind of read it was may differ between a forward and checkpointing's repetition
+    of it (FSDP puts parameters where it had plain tensors), and what they save may not.
+    """
 
     @staticmethod
     def forward(ctx: Any, source: Source, like: Tensor, site: Any, *tensors: Tensor) -> EffectiveWeight:
         ctx.source = source
-        ctx.save_for_backward(*tensors)
+        ctx.versions = [tensor._version for tensor in tensors]
         return EffectiveWeight(like, source, site)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        tensors = ctx.saved_tensors
+        tensors = ctx.source.tensors
+        if [tensor._version for tensor in tensors] != ctx.versions:
+            raise RuntimeError(
+                "an adapted weight's base or factors have been modified by an inplace operation between its forward "
+                "and its backward, which needs them as they were"
+            )
         pull_back: Any = torch.func.vjp(lambda *values: ctx.source.dense(values), *tensors)[1]
         return None, None, None, *pull_back(grad)
 
@@ -161,8 +212,10 @@ _link: Callable[..., EffectiveWeight] = super(torch.autograd.Function, _Link).ap
 
 def make(source: Source, like: Tensor, site: Any = None) -> EffectiveWeight:
     """An effective weight shaped, typed and placed as ``like``."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in source.tensors):
-        return _link(source, like, site, *source.tensors)
+    if torch.is_grad_enabled():
+        for tensor in source.tensors:
+            if tensor.requires_grad:
+                return _link(source, like, site, *source.tensors)
     return EffectiveWeight(like, source, site)
 
 
@@ -271,31 +324,3 @@ def _write_error(what: str) -> LoraparamError:
         "Write inside `with lp.detached(model):`, after lp.merge(model), or into the base at "
         "module.parametrizations.<name>.original"
     )
-
-
-# --- watching -----------------------------------------------------------------------------------------------
-
-# Called with ((id of the module, parameter name), "read" | "factored" | "merged") while ``watching``.
-Watcher = Callable[[Any, str], None]
-_watchers: list[Watcher] = []
-
-
-@contextlib.contextmanager
-def watching(watcher: Watcher) -> Iterator[None]:
-    """Inside: ``watcher`` is told of each read of an adapted parameter, and of what becomes of it."""
-    _watchers.append(watcher)
-    try:
-        yield
-    finally:
-        _watchers.remove(watcher)
-
-
-def tell(site: Any, event: str) -> None:
-    """Tell the watchers."""
-    for watcher in _watchers:
-        watcher(site, event)
-
-
-def watched() -> bool:
-    """Whether anybody is watching."""
-    return bool(_watchers)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import operations as operations  # fills the handlers of EffectiveWeight
-from .effective import make
+from .effective import Source, make
 from .errors import AttachError, LoraparamError
 from .execution import must_be_dense
 from .forms import Form
@@ -206,12 +206,17 @@ class AdapterStack(nn.Module):
 
     def forward(self, base: Tensor) -> Tensor:
         """The effective weight, shaped and typed as the base."""
+        weight: Tensor = self.read(base, make)
+        return weight
+
+    def read(self, base: Tensor, kind: Callable[[Source, Tensor], Any]) -> Any:
+        """The effective weight: the base where nothing acts, a dense tensor where it must be one, else of this kind."""
         if must_be_dense():
             return self.compose(base, self.entries, noisy=self.training)
         steps = _acting(self.entries, self.training)
         if not steps:
             return base.clone() if self.volatile else base
-        weight = make(Head(self, base, steps, self.training), base)
+        weight = kind(Head(self, base, steps, self.training), base)
         if self.writable:
             weight._base = base
         return weight

@@ -313,14 +313,16 @@ def test_cached_norm_follows_the_base() -> None:
 # --- what is done with the output -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("worth", [True, False])
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
-def test_an_output_takes_what_is_done_in_place(shape: tuple[int, ...], worth: bool, monkeypatch) -> None:
+def test_an_output_takes_what_is_done_in_place(shape: tuple[int, ...], worth: bool, bias: bool, monkeypatch) -> None:
     """As that of a plain layer does: it is no view, which a custom function may not return, and on which FSDP warns."""
     monkeypatch.setattr(products, "_worth_fusing", lambda x, form: worth)
-    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True)), torch.randn(shape)
+    model, x = nn.Sequential(nn.Linear(4, 6, bias=bias), nn.ReLU(inplace=True)), torch.randn(shape)
     lp.attach(model, lp.LoRA(r=2, init="gaussian"))
-    assert not model[0](x)._is_view()
+    # torch's own product with a bias returns one.
+    assert not model[0](x)._is_view() or (bias and not worth)
     model(x).sum().backward()
     gradients = [factor.grad.clone() for factor in lp.parameters(model)]
     model.zero_grad()

@@ -50,7 +50,11 @@ def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = Non
         y = fused.base_first(scaled, flat, matrix, bias, post, down, up, scale)
     else:
         y = fused.small_first(scaled, F.linear(flat, down), matrix, bias, post, up, scale)[0]
-    return y if x.dim() == 2 else fused.reshaped(y, (*x.shape[:-1], y.shape[-1]))
+    if x.dim() == 2:
+        return y
+    # As torch's own product: a view where there is a bias.
+    shape = (*x.shape[:-1], y.shape[-1])
+    return fused.reshaped(y, shape) if bias is None else y.view(shape)
 
 
 def _thin(x: Tensor, down: Tensor, up: Tensor, index: Tensor | None) -> Tensor:

@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..effective import HANDLERS, EffectiveWeight, tell
+from ..effective import HANDLERS, EffectiveWeight, Operand
 from ..forms import Form
 from ..functional import autocasts
 from ..refusals import can_dequantize
 from ..sharding import is_spread
+from ..watching import tell
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -32,14 +33,14 @@ def form_of(weight: Any, *, drops: bool = False, flat: bool = False) -> Form | N
     ``drops``: the operation sees the layer's input and can drop its elements. ``flat``: it knows what to do where the
     factors' rows and columns are not the weight's outputs and inputs.
     """
-    if not isinstance(weight, EffectiveWeight):
+    if not isinstance(weight, (EffectiveWeight, Operand)):
         return None
     form = weight.form()
     refused = form is None or (not drops and form.drops_input) or (not flat and form.layout.rows is not None)
     return None if refused else form
 
 
-def ran(weight: EffectiveWeight) -> None:
+def ran(weight: EffectiveWeight | Operand) -> None:
     """Say that an operation ran on the parts."""
     if weight._site is not None:
         tell(weight._site, "factored")
