@@ -6,7 +6,8 @@
 3. Code that bypasses ``__torch_function__`` (a custom ``autograd.Function``, reentrant checkpointing, scripted or C++
    operators) reaches ``__torch_dispatch__``, where autograd is done already. So that no gradient is lost there, the
    instance is the output of an ``autograd.Function`` of base and factors: a dense gradient that lands on it flows on.
-Under functorch transforms, tracing and forward-mode differentiation a read yields a plain dense tensor instead.
+Under functorch transforms, tracing and forward-mode differentiation a read yields a plain dense tensor instead; and
+torch's own linear layer, which hands what it reads to one function, an ``Operand`` that never gets to tiers 2 and 3.
 """
 
 from __future__ import annotations
