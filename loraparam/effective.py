@@ -1,7 +1,7 @@
 """What reading an adapted parameter yields: a tensor that keeps its parts until somebody needs the whole.
 
 # Note [Three tiers]
-1. Operations in ``operations.py`` compute with the parts (``__torch_function__``): a thin product beside the base's.
+1. Operations in ``operations/`` compute with the parts (``__torch_function__``): a thin product beside the base's.
 2. Every other operation sees the merged tensor, computed from the live factors, so autograd is exact.
 3. Code that bypasses ``__torch_function__`` (a custom ``autograd.Function``, reentrant checkpointing, scripted or C++
    operators) reaches ``__torch_dispatch__``, where autograd is done already. So that no gradient is lost there, the
