@@ -13,6 +13,8 @@ import hypothesis
 import pytest
 import torch
 
+from loraparam.testing.seeding import seed
+
 # The tensors are tiny: more threads would only fight over the cores, with each other and with other workers.
 torch.set_num_threads(1)
 
@@ -20,7 +22,7 @@ torch.set_num_threads(1)
 class _TorchRandom:
     """torch's global generator as Hypothesis wants it, so that it seeds and restores it around each example."""
 
-    seed = staticmethod(torch.manual_seed)
+    seed = staticmethod(seed)
     getstate = staticmethod(torch.get_rng_state)
     setstate = staticmethod(torch.set_rng_state)
 
@@ -41,7 +43,7 @@ class _EveryTest:
 
     @pytest.fixture(autouse=True)
     def _seed(self) -> None:
-        torch.manual_seed(0)
+        seed(0)
 
 
 def pytest_configure(config: pytest.Config) -> None:

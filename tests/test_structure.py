@@ -57,6 +57,7 @@ FLOORS = (
     ("tools.*",),
     ("tools",),
     ("",),  # the public surface
+    ("testing.seeding",),
     ("dropins", "integrations", "testing.layer_cases", "testing.subjects", "testing.comparisons", "cli.demo_data"),
     ("loralib", "loratorch", "integrations.*", "testing.*", "cli.common", "cli.demo_*"),
     ("testing.layer_laws", "testing.undo_laws", "testing.state_laws", "testing.layers", "cli.*"),

@@ -17,6 +17,7 @@ from ..reading import dense_value
 from ..training import named_parameters
 from .comparisons import TOLERANCE, close, identical, same
 from .references import Reference, differentiates_norm, reference
+from .seeding import seed
 from .subjects import Inputs, Subject, project, shake, tensors
 
 
@@ -168,7 +169,7 @@ def _gradcheck(subject: Subject, layer: nn.Module) -> bool:
     """``torch.autograd.gradcheck``, which moves the parameters in place, along random directions."""
     parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     function = lambda *_: project(subject.run(layer))  # noqa: E731
-    torch.manual_seed(9)
+    seed(9)
     return torch.autograd.gradcheck(function, parameters, fast_mode=True, raise_exception=False)
 
 

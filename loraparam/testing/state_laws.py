@@ -8,13 +8,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ..adapters import adapters, detach
 from ..formats import load, save
 from ..state import base_state_dict, load_state_dict, merged_state_dict, state_dict
 from .comparisons import identical, same, values
+from .seeding import seed
 from .subjects import Subject
 
 
@@ -35,7 +35,7 @@ def state_round_trip(subject: Subject) -> None:
 
 def original_checkpoint_loads(subject: Subject) -> None:
     """A checkpoint with the original keys loads strictly into the adapted layer, and keeps the factors."""
-    torch.manual_seed(5)
+    seed(5)
     other = subject.make_layer()
     checkpoint = {key: value.clone() for key, value in other.state_dict().items()}
     layer = subject.adapted()

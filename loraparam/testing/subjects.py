@@ -19,6 +19,7 @@ from ..layouts import layout_of
 from ..methods import Full, Method
 from ..plans import Plan, plan
 from ..targets import Targets
+from .seeding import seed
 
 Inputs = Sequence[Any] | Mapping[str, Any]
 
@@ -53,13 +54,13 @@ class Subject:
 
     def plain(self) -> nn.Module:
         """The layer with nothing attached, the same at each call."""
-        torch.manual_seed(0)
+        seed(0)
         layer = self.make_layer().train(self.training)
         return layer if self.dtype is None else layer.to(self.dtype)
 
     def inputs(self) -> Inputs:
         """The inputs, the same at each call."""
-        torch.manual_seed(1)
+        seed(1)
         given = self.make_inputs()
         leaves, spec = tree_flatten(dict(given) if isinstance(given, Mapping) else list(given))
         moved = [self._input(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -90,7 +91,7 @@ class Subject:
     def run(self, layer: nn.Module, inputs: Inputs | None = None) -> list[Tensor]:
         """The floating-point tensors among the outputs, under a fixed seed."""
         inputs = self.inputs() if inputs is None else inputs
-        torch.manual_seed(2)
+        seed(2)
         return tensors(layer(**inputs) if isinstance(inputs, Mapping) else layer(*inputs))
 
     def fitting(self) -> list[str]:
