@@ -3,6 +3,7 @@
 HYPOTHESIS_PROFILE=thorough python -m pytest    runs eight times as many examples.
 """
 
+import gc
 import os
 
 # Read by huggingface_hub and transformers when they are imported, so set before any test module is.
@@ -44,6 +45,12 @@ class _EveryTest:
     @pytest.fixture(autouse=True)
     def _seed(self) -> None:
         seed(0)
+
+
+def pytest_collection_finish() -> None:
+    # What was imported stays: garbage is collected often, by Trainers and by tests of what is left behind, and none
+    # of it is there.
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:
