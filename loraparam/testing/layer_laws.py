@@ -26,18 +26,24 @@ def equivalence(subject: Subject) -> None:
 
     In factored and in merged execution.
     """
+    found = {}
     for kind in ("factored", "merged"):
         with execution(kind):
-            _equivalence(subject)
+            adapted = subject.adapted()
+            found[kind] = _adapted_results(subject, adapted)
+    dtype, other = (results["output 0"].dtype for results in found.values())
+    assert dtype == other, f"outputs are {dtype} in factored execution, {other} in merged"
+    expected, slack = _truth(subject, adapted, dtype)
+    for results in found.values():
+        odd = set(results) ^ set(expected)
+        assert not odd, f"gradients arrived at {odd} in one of the two"
+        for key, want in expected.items():
+            close(results[key], want, key, dtype, slack[key])
 
 
-def _equivalence(subject: Subject) -> None:
-    adapted = subject.adapted()
-    plain = subject.plain().requires_grad_()
-    expected = _reference_results(subject, reference(plain, adapted))
-    results = _adapted_results(subject, adapted)
-    assert results.keys() == expected.keys(), f"gradients arrived at {set(results) ^ set(expected)} in one of the two"
-    dtype = subject.run(adapted)[0].dtype
+def _truth(subject: Subject, adapted: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What a plain layer gives that carries the effective weights, and how far off ``dtype`` may be beyond rounding."""
+    expected = _reference_results(subject, reference(subject.plain().requires_grad_(), adapted))
     slack = dict.fromkeys(expected, 0.0)
     if dtype.itemsize < 4:
         # Two low-precision runs differ by both their roundings. So the truth is computed in float64, from weights
@@ -53,8 +59,7 @@ def _equivalence(subject: Subject) -> None:
         # of one element is all of it, and leaves the rounding of what was there before.
         before = _reference_results(subject, reference(subject.plain().requires_grad_(), adapted, detach_norms=True))
         slack = {key: TOLERANCE[dtype] * _largest(before[key]) for key in expected}
-    for key, want in expected.items():
-        close(results[key], want, key, dtype, slack[key])
+    return expected, slack
 
 
 def _largest(tensor: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,11 +76,11 @@ class Subject:
 
     def attach(self, layer: nn.Module, **options: Any) -> Plan:
         """Put the method on the targets."""
-        return attach(layer, self.method, self._targets(), exclude=self.exclude, **options)
+        return attach(layer, self.method, self._targets, exclude=self.exclude, **options)
 
     def plan(self) -> Plan:
         """What ``attach`` puts on the layer."""
-        return plan(self.plain(), self.method, self._targets(), exclude=self.exclude)
+        return plan(self.plain(), self.method, self._targets, exclude=self.exclude)
 
     def adapted(self, layer: nn.Module | None = None, **options: Any) -> nn.Module:
         """The layer with the method attached and factors moved away from their neutral start."""
@@ -98,6 +99,7 @@ class Subject:
         """The paths of the parameters the method fits, each tied one once."""
         return [leaf.places[0].path for leaf in catalogue(self.plain()).unique() if self._fits(leaf)]
 
+    @cached_property
     def _targets(self) -> Targets:
         return self.targets if self.targets is not None else [re.compile(re.escape(path)) for path in self.fitting()]
 
