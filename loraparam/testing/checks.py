@@ -183,7 +183,7 @@ def _names(only: Sequence[str] | None, known: Sequence[str]) -> Sequence[str]:
 
 def run_layer_law(law: Law, subject: Subject) -> None:
     """Check one law of adapted layers on a subject."""
-    with _naming(law.__name__, str(subject)):
+    with _naming(law.__name__, subject):
         law(subject)
 
 
@@ -213,8 +213,8 @@ def _need_plain(subject: Subject) -> None:
 
 
 @contextlib.contextmanager
-def _naming(law: str, subject: str) -> Iterator[None]:
-    """Puts the law's name in front of its failure; any other error breaks the law too."""
+def _naming(law: str, subject: object) -> Iterator[None]:
+    """Puts the names of the law and its subject in front of a failure; any other error breaks the law too."""
     try:
         yield
     except hypothesis.errors.HypothesisException:

@@ -31,7 +31,9 @@ def exact_undo(subject: Subject) -> None:
 
 def exact_blocks(subject: Subject) -> None:
     """``disabled`` and ``detached`` give base outputs bit for bit; ``merged`` the effective ones; all restore."""
-    base = subject.run(subject.plain())
+    plain = subject.plain()
+    keys = list(plain.state_dict())
+    base = subject.run(plain)
     # Whether a weight requires grad decides between two ways of summing inside torch.
     frozen = subject.run(subject.plain().requires_grad_(False))
     outputs = subject.run(subject.adapted())
@@ -46,7 +48,7 @@ def exact_blocks(subject: Subject) -> None:
             else:
                 identical(subject.run(inside), expected, f"outputs inside {block.__name__}()")
             if block is not disabled:
-                assert list(layer.state_dict()) == list(subject.plain().state_dict()), f"keys in {block.__name__}()"
+                assert list(layer.state_dict()) == keys, f"keys in {block.__name__}()"
         assert_mark(layer, before)
 
 

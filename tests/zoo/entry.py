@@ -15,6 +15,7 @@ import loraparam as lp
 from loraparam.catalogue import catalogue
 from loraparam.targets import find
 from loraparam.testing import Subject
+from loraparam.testing.seeding import seed
 
 VOCABULARY, HIDDEN = 64, 16
 
@@ -60,7 +61,7 @@ class Entry:
 
     def model(self) -> Any:
         """A fresh one in train mode, the same bits each time."""
-        torch.manual_seed(0)
+        seed(0)
         model = self.build().train()
         # Zero biases and unit norms would hide what an adapter does to them.
         randomise(model.parameters())
