@@ -37,11 +37,12 @@ def exact_blocks(subject: Subject) -> None:
     # Whether a weight requires grad decides between two ways of summing inside torch.
     frozen = subject.run(subject.plain().requires_grad_(False))
     outputs = subject.run(subject.adapted())
-    for block, expected in ((disabled, frozen), (detached, base), (merged, None)):
-        layer = subject.adapted()
-        before = mark(layer)
+    layer = subject.adapted()
+    before = mark(layer)
+    for block, expected in ((detached, base), (merged, None), (disabled, frozen)):
         with block(layer):
-            # A copy of what is plain inside: an embedding with max_norm writes into its own weight.
+            # A copy of what is plain inside: an embedding with max_norm writes into its own weight. ``disabled``, in
+            # which the layer itself runs, and may move a batch norm's buffers, comes last.
             inside = layer if block is disabled else copy.deepcopy(layer)
             if expected is None:
                 same(subject.run(inside), outputs, "outputs inside merged()")
