@@ -56,7 +56,7 @@ def _evaluate(plist: nn.Module, is_weight: bool) -> Any:
     )
     if not direct:
         return plist()
-    return stack.read(base, Operand if is_weight and _is_handed_over() else make)
+    return stack.read_as(base, Operand if is_weight and _is_handed_over() else make)
 
 
 # --- by whom ------------------------------------------------------------------------------------------------

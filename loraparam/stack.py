@@ -206,10 +206,10 @@ class AdapterStack(nn.Module):
 
     def forward(self, base: Tensor) -> Tensor:
         """The effective weight, shaped and typed as the base."""
-        weight: Tensor = self.read(base, make)
+        weight: Tensor = self.read_as(base, make)
         return weight
 
-    def read(self, base: Tensor, kind: Callable[[Source, Tensor], Any]) -> Any:
+    def read_as(self, base: Tensor, kind: Callable[[Source, Tensor], Any]) -> Any:
         """The effective weight: the base where nothing acts, a dense tensor where it must be one, else of this kind."""
         if must_be_dense():
             return self.compose(base, self.entries, noisy=self.training)

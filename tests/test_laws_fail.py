@@ -148,10 +148,10 @@ def _writes_base(self: AdapterStack, base: Tensor, entries: list[AdapterFactors]
     return COMPOSE(self, base, entries, noisy=noisy)
 
 
-def _writes_base_when_read(self: AdapterStack, base: Tensor) -> Tensor:
+def _writes_base_when_read(self: AdapterStack, base: Tensor, kind: Any) -> Any:
     with torch.no_grad():
         base.mul_(1.0001)
-    return FORWARD(self, base)
+    return READ(self, base, kind)
 
 
 def _merges_base(plist: Any, stack: AdapterStack, entries: list[AdapterFactors]) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ def _plain_loading(self: nn.Module, *args: Any) -> None:
     nn.Module._load_from_state_dict(self, *args)
 
 
-UPDATE, COMPOSE, FORWARD = AdapterFactors.update, AdapterStack.compose, AdapterStack.forward
+UPDATE, COMPOSE, READ = AdapterFactors.update, AdapterStack.compose, AdapterStack.read_as
 REDUCE = guarded._reduce_ex
 
 # {law: (where, attribute, what breaks it)}
@@ -198,7 +198,7 @@ BROKEN_LAYERS: dict[str, tuple[Any, str, Any]] = {
     "neutral_start": (LowRank, "term", _off_by_some),
     "effect": (AdapterStack, "compose", _base_instead),
     "trains": (LowRank, "term", _stops_gradient),
-    "exact_undo": (AdapterStack, "forward", _writes_base_when_read),
+    "exact_undo": (AdapterStack, "read_as", _writes_base_when_read),
     "exact_blocks": (merging, "_folded", _merges_base),
     "merge_keeps_outputs": (merging, "_folded", _merges_base),
     "state_round_trip": (state_laws, "load_state_dict", _loads_nothing),
