@@ -1,5 +1,6 @@
 """What grows with the number of targets: counted in calls, for the seconds depend on the machine."""
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,11 +38,13 @@ def calls(function: Callable[[], Any]) -> int:
         made += event == "call"
 
     profiler = sys.getprofile()
+    gc.disable()  # a collection inside would call what waits for the garbage of other tests
     sys.setprofile(count)
     try:
         function()
     finally:
         sys.setprofile(profiler)
+        gc.enable()
     return made
 
 
