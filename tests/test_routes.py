@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import loraparam as lp
@@ -331,3 +332,30 @@ def test_an_output_takes_what_is_done_in_place(shape: tuple[int, ...], worth: bo
     with lp.execution("merged"):
         model(x).sum().backward()
     assert_close(gradients, [factor.grad for factor in lp.parameters(model)])
+
+
+class Products(TorchDispatchMode):
+    """Notes the products of stacks of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stacks: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.default:
+            self.stacks.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "method", [lp.Magnitude(), lp.LoRA(r=2), lp.LoRA(r=2, dropout=0.5, dropout_on="input"), lp.DoRA(r=2)], ids=str
+)
+def test_attention_multiplies_all_tokens_at_once(method: lp.Method, autocast: bool) -> None:
+    """A batch of one is strided inside of attention, where torch's product without a bias takes each token apart."""
+    tokens = 7
+    layer, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(1, tokens, 8)
+    lp.attach(layer, method)
+    with Products() as noted, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        layer(x, x, x, need_weights=False)
+    assert tokens not in noted.stacks

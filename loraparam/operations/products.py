@@ -14,6 +14,7 @@ from ..effective import EffectiveWeight
 from ..forms import Form, Term
 from ..functional import autocasts
 from ..refusals import can_dequantize
+from ..sharding import is_spread
 from .registry import form_of, implements, ran, same_kind
 
 
@@ -22,6 +23,10 @@ def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = Non
 
     x is (*tokens, in) for one matrix M, (*batch, tokens, in) for a stack of them.
     """
+    plain = form.weight.dim() == 2 and x.dim() >= 2 and same_kind(x, form.weight)
+    if (not form.terms or form.drops_input or not plain) and _runs_token_by_token(x, form):
+        y = product(x.reshape(-1, x.shape[-1]), form, out_to_in=out_to_in, bias=bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
     pre, post = (form.row, form.col) if out_to_in else (form.col, form.row)
     if pre is not None or post is not None:
         pre, post = _as(pre, x, form), _as(post, x, form)
@@ -35,7 +40,6 @@ def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = Non
         return y if bias is None else y + bias.to(y.dtype)
     A, B, scale = pair
     down, up = (B.mT, A.mT) if out_to_in else (A, B)
-    plain = form.weight.dim() == 2 and x.dim() >= 2 and same_kind(x, form.weight)
     if not plain or not isinstance(scale, float):
         y = _base(scaled, form, out_to_in)
         y = scale * _thin(x, down, up, form.index) + (y if post is None else y * post)
@@ -55,6 +59,13 @@ def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = Non
     # As torch's own product: a view where there is a bias.
     shape = (*x.shape[:-1], y.shape[-1])
     return fused.reshaped(y, shape) if bias is None else y.view(shape)
+
+
+def _runs_token_by_token(x: Tensor, form: Form) -> bool:
+    """Whether torch would not multiply all tokens at once: where they are strided, as in attention, and no bias is."""
+    if form.layout.batch or x.dim() < 3 or is_spread(form.weight) or is_spread(x):
+        return False
+    return any(x.stride(i) != x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2))
 
 
 def _thin(x: Tensor, down: Tensor, up: Tensor, index: Tensor | None) -> Tensor:
