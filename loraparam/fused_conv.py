@@ -41,7 +41,7 @@ def convolution(
 def add_up(y: Tensor, thin: Tensor, B: Tensor, scale: float) -> Tensor:
     """y + s·B·thin at each place, in y's memory; y (n, out, *space), thin (n, r, *space), B (out, r)."""
     n, out = y.shape[:2]
-    y.view(n, out, -1).baddbmm_(B.expand(n, *B.shape), thin.flatten(2), alpha=scale)
+    y.view(n, out, y.shape[2:].numel()).baddbmm_(B.expand(n, *B.shape), thin.flatten(2), alpha=scale)
     return y
 
 

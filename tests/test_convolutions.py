@@ -107,6 +107,14 @@ def test_row_scales_of_groups(kind: Any) -> None:
         assert_close(found, results(layer, x))
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_no_images_are_fine(kind: Any) -> None:
+    layer = randomized(kind(IN, OUT, 3), [lp.LoRA(r=2)], True)
+    assert layer(torch.empty(0, IN, 5, 5)).shape[:2] == (0, OUT)
+    with torch.no_grad():
+        assert layer(torch.empty(0, IN, 5, 5)).shape[:2] == (0, OUT)
+
+
 @pytest.mark.parametrize("function", [F.conv2d, F.conv_transpose2d])
 def test_options_as_functions_take_them(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A number, or a tuple of one, for all dims of space."""

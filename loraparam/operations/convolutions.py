@@ -149,7 +149,7 @@ def _scaled(y: Tensor, row: Tensor, bias: Tensor | None, tail: tuple[int, ...]) 
 
 def _plus_up(y: Tensor, thin: Tensor, up: Tensor, scale: Any, pointwise: Any, groups: int) -> Tensor:
     """y + s·B·thin at each place, in y's memory."""
-    if groups == 1 and not torch.is_grad_enabled() and y.dim() == up.dim():
+    if groups == 1 and not torch.is_grad_enabled() and y.dim() == up.dim() and type(y) is Tensor:
         return fused_conv.add_up(y, thin, up.flatten(1), float(scale))
     # The thin output is scaled, which saves nothing for the backward pass, and the sum is taken in place.
     result: Tensor = y.add_(pointwise(thin.mul_(scale), up, None, 1, 0, 1, groups))
