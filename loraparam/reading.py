@@ -67,11 +67,8 @@ _function_modes = torch._C._len_torch_function_stack
 _linear = F.linear
 
 # torch's own layer, unless somebody has replaced its forward with one that says more than F.linear(…, self.weight, …).
-_HANDS_OVER = (
-    nn.Linear.forward.__code__
-    if set(nn.Linear.forward.__code__.co_names) == {"F", "linear", "weight", "bias"}
-    else None
-)
+_forward = getattr(nn.Linear.forward, "__code__", None)
+_HANDS_OVER = _forward if set(getattr(_forward, "co_names", ())) == {"F", "linear", "weight", "bias"} else None
 
 
 def _is_handed_over() -> bool:
