@@ -192,7 +192,7 @@ def detect(path: Path) -> Any:
     if path.suffix in PICKLES and path.is_file():
         raise FormatError(
             f"{str(path)!r} is a file of torch.save, which is opened only where its format is named: give format=, "
-            f"such as 'loralib'; its tensors are read then, and no code is run"
+            "such as 'loralib'; its tensors are read then, and no code is run"
         )
     for reader in FORMATS.values():
         if reader.recognises(path):
