@@ -28,6 +28,9 @@ aten = torch.ops.aten
 
 # {torch function: how it runs on the parts}; a handler returns NotImplemented where it needs the whole.
 HANDLERS: dict[Any, Callable[..., Any]] = {}
+# {handler: the arguments that it knows by name}, one of several names where it stands for several functions; None for
+# any name.
+KEYWORDS: dict[Callable[..., Any], frozenset[str] | None] = {}
 
 
 class Source(Protocol):
@@ -91,7 +94,7 @@ class EffectiveWeight(torch.Tensor):
         kwargs = kwargs or {}
         handler = HANDLERS.get(func)
         if handler is not None:
-            result = handler(*args, **kwargs)
+            result = handler(*args, **kwargs) if not kwargs or _knows(handler, kwargs) else NotImplemented
             if result is not NotImplemented:
                 return result
         elif overrides.is_metadata(func):
@@ -107,7 +110,9 @@ class EffectiveWeight(torch.Tensor):
             func(*whole(args), **whole(kwargs))
             return target
         result = func(*whole(args), **whole(kwargs))
-        return read_only(result) if func in overrides.VIEWS and isinstance(args[0], EffectiveWeight) else result
+        if func in overrides.VIEWS and isinstance(overrides.subject(args, kwargs), EffectiveWeight):
+            return read_only(result)
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -165,7 +170,7 @@ class Operand:
         kwargs = kwargs or {}
         handler = HANDLERS.get(func)
         if handler is not None:
-            result = handler(*args, **kwargs)
+            result = handler(*args, **kwargs) if not kwargs or _knows(handler, kwargs) else NotImplemented
             if result is not NotImplemented:
                 return result
         args, kwargs = tree_map_only(Operand, Operand.tensor, (args, kwargs))
@@ -173,6 +178,12 @@ class Operand:
 
     def __fx_create_arg__(self, tracer: Any) -> Any:
         return tracer.create_arg(self.tensor())
+
+
+def _knows(handler: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a handler takes these arguments under these names."""
+    known = KEYWORDS[handler]
+    return known is None or kwargs.keys() <= known
 
 
 def _merged_data(weight: EffectiveWeight) -> Tensor:
@@ -310,8 +321,7 @@ def write_target(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ef
     """
     if isinstance(kwargs.get("out"), EffectiveWeight):
         raise _write_error("out=")
-    # torch.nn.init passes its tensor by name.
-    target = args[0] if args else next(iter(kwargs.values()), None)
+    target = overrides.subject(args, kwargs)
     if not isinstance(target, EffectiveWeight) or not (overrides.writes(func) or overrides.hands_out_storage(func)):
         return None
     if target._base is None or not overrides.writes(func):

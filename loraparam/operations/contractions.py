@@ -25,9 +25,10 @@ def einsum(equation: Any, *operands: Any) -> Any:
     names = inputs.split(",")
     first = isinstance(operands[0], EffectiveWeight)
     letters, x_letters, x = names[0 if first else 1], names[1 if first else 0], operands[1 if first else 0]
-    if form is None or not arrow or form.weight.dim() not in (2, 3) or form.weight.dim() != len(letters):
+    if form is None or not arrow or not len(letters) == len(set(letters)) == form.weight.dim():
         return NotImplemented
-    if len(set(letters)) != len(letters):
+    batch = form.layout.batch
+    if batch not in ((), (0,)) or form.weight.dim() - len(batch) != 2:  # a kernel's factors have other dims than it
         return NotImplemented
     ran(weights[0])
     return _einsum(x, x_letters, form, letters, output)

@@ -158,7 +158,7 @@ def _matches(x: Tensor, form: Form) -> bool:
     """Whether x and the matrices multiply without broadcasting over a batch."""
     if not form.layout.batch:
         return form.weight.dim() == 2
-    return form.weight.dim() == 3 and x.dim() == 3 and x.shape[0] == form.weight.shape[0]
+    return form.layout.batch == (0,) and form.weight.dim() == x.dim() == 3 and x.shape[0] == form.weight.shape[0]
 
 
 @implements(torch.Tensor.__rmatmul__)
@@ -184,7 +184,10 @@ def addmm(input: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1, out:
         ran(b)
         return product(a, form, out_to_in=not form.is_transposed, bias=input)
     result = matmul(a, b)
-    return result if result is NotImplemented else beta * input + alpha * result
+    if result is NotImplemented:
+        return result
+    # With beta = 0 torch does not look at the input, which then may hold anything.
+    return alpha * result if beta == 0 else beta * input + alpha * result
 
 
 # torch >= 2.10 has it under its public name as well.
@@ -202,9 +205,10 @@ def grouped_mm(mat_a: Any, mat_b: Any, *, offs: Any = None, bias: Any = None, ou
     ran(mat_b)
     out_to_in = not form.is_transposed
     pre, post = (form.row, form.col) if out_to_in else (form.col, form.row)
-    # The group of each row; rows past the last group are the kernel's to ignore, and take the last one's scale.
-    group = torch.bucketize(torch.arange(mat_a.shape[0], device=offs.device), offs, right=True)
-    group = group.clamp_(max=len(offs) - 1)
+    if pre is not None or post is not None:
+        # The group of each row; rows past the last group are the kernel's to ignore, and take the last one's scale.
+        group = torch.bucketize(torch.arange(mat_a.shape[0], device=offs.device), offs, right=True)
+        group = group.clamp_(max=len(offs) - 1)
     x = mat_a if pre is None else mat_a * pre[group].to(mat_a.dtype)
     y = _GROUPED[0](x, form.weight, offs=offs)
     y = y if post is None else y * post[group].to(y.dtype)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..effective import HANDLERS, EffectiveWeight, Operand
+from ..effective import HANDLERS, KEYWORDS, EffectiveWeight, Operand
 from ..forms import Form
 from ..functional import autocasts
 from ..refusals import can_dequantize
@@ -22,6 +23,9 @@ def implements(*functions: Any) -> Callable[[Handler], Handler]:
 
     def register(handler: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(functions, handler))
+        parameters = inspect.signature(handler).parameters.values()
+        named = frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        KEYWORDS[handler] = None if any(p.kind is p.VAR_KEYWORD for p in parameters) else named
         return handler
 
     return register

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,9 +35,10 @@ def transpose(weight: Any, dim0: int, dim1: int) -> Any:
     if not isinstance(weight, EffectiveWeight):
         return NotImplemented
     ndim = weight.dim()
-    if {dim0 % ndim, dim1 % ndim} != {ndim - 2, ndim - 1}:
-        return NotImplemented
-    return transpose_matrix(weight)
+    last, other = (ndim - 1, -1), (ndim - 2, -2)
+    if (dim0 in last and dim1 in other) or (dim0 in other and dim1 in last):
+        return transpose_matrix(weight)
+    return NotImplemented
 
 
 @implements(torch.Tensor.permute, torch.permute)
@@ -46,7 +48,7 @@ def permute(weight: Any, *dims: Any) -> Any:
     ndim = len(order)
     if not isinstance(weight, EffectiveWeight) or ndim != weight.dim() or ndim < 2:
         return NotImplemented
-    order = [dim % ndim for dim in order]
+    order = [dim + ndim if dim < 0 else dim for dim in order]
     if order == list(range(ndim)):
         return weight
     if order == [*range(ndim - 2), ndim - 1, ndim - 2]:
@@ -60,27 +62,33 @@ def narrow(weight: Any, dim: int, start: Any, length: int) -> Any:
     form = form_of(weight, drops=True)
     if form is None or not isinstance(start, int):
         return NotImplemented
-    dim, size = dim % form.weight.dim(), form.weight.shape[dim]
-    return _part(weight, form.narrow(dim, start % size if start < 0 else start, length))
+    out = form.layout.out
+    size = form.weight.shape[out]
+    if dim not in (out, out - form.weight.dim()) or start < -size:
+        return NotImplemented
+    return _part(weight, form.narrow(out, start + size if start < 0 else start, length))
 
 
 @implements(torch.chunk, torch.Tensor.chunk)
 def chunk(weight: Any, chunks: int, dim: int = 0) -> Any:
     """Equal blocks of output rows."""
-    size = weight.shape[dim]
-    return split(weight, -(-size // chunks), dim)
+    return split(weight, -(-weight.shape[dim] // chunks), dim) if chunks > 0 else NotImplemented
 
 
 @implements(torch.split, torch.Tensor.split, torch.split_with_sizes, torch.Tensor.split_with_sizes)
 def split(weight: Any, split_size_or_sections: Any, dim: int = 0) -> Any:
     """Blocks of output rows."""
     form = form_of(weight, drops=True)
-    if form is None or dim % form.weight.dim() != form.layout.out:
+    if form is None or dim not in (form.layout.out, form.layout.out - form.weight.dim()):
         return NotImplemented
     size, sections = form.weight.shape[dim], split_size_or_sections
     if isinstance(sections, int):
+        if sections < 1:
+            return NotImplemented
         sections = [min(sections, size - start) for start in range(0, size, sections)]
-    starts = [sum(sections[:i]) for i in range(len(sections))]
+    *starts, end = accumulate(sections, initial=0)
+    if end != size:  # torch's to refuse
+        return NotImplemented
     return tuple(
         view(weight, form.narrow(form.layout.out, start, n)) for start, n in zip(starts, sections, strict=True)
     )
@@ -89,7 +97,7 @@ def split(weight: Any, split_size_or_sections: Any, dim: int = 0) -> Any:
 @implements(torch.select, torch.Tensor.select)
 def select(weight: Any, dim: int, index: Any) -> Any:
     """One matrix of a stack."""
-    if not isinstance(weight, EffectiveWeight) or dim % weight.dim() != 0 or not isinstance(index, int):
+    if not isinstance(weight, EffectiveWeight) or dim not in (0, -weight.dim()) or not isinstance(index, int):
         return NotImplemented
     return _taken(weight, index)
 
@@ -105,13 +113,6 @@ def unbind(weight: Any, dim: int = 0) -> Any:
 
 def _taken(weight: EffectiveWeight, index: int | Tensor) -> Any:
     return NotImplemented if weight._is_leaf else _part(weight, weight._source.take(index))
-
-
-@implements(torch.Tensor.__iter__)
-def iterate(weight: Any) -> Any:
-    """The matrices of a stack, one after the other."""
-    parts = unbind(weight)
-    return parts if parts is NotImplemented else iter(parts)
 
 
 @implements(torch.Tensor.__getitem__)
@@ -147,14 +148,15 @@ def detach(weight: Any) -> Any:
     return detached
 
 
-@implements(torch.Tensor.to, torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16)
+@implements(torch.Tensor.to)
 def to(weight: Any, *args: Any, **kwargs: Any) -> Any:
     """Itself, where nothing would change."""
-    if args or kwargs:
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        same = dtype in (None, weight.dtype) and device in (None, weight.device)
-        return weight if isinstance(weight, EffectiveWeight) and same else NotImplemented
-    return NotImplemented
+    try:
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    except RuntimeError:  # it knows no copy=
+        return NotImplemented
+    same = dtype in (None, weight.dtype) and device in (None, weight.device) and memory_format is None
+    return weight if isinstance(weight, EffectiveWeight) and same else NotImplemented
 
 
 @implements(torch.Tensor.view_as)
