@@ -26,25 +26,16 @@ _METADATA = {
     torch.Tensor.register_hook,
     torch.Tensor.retain_grad,
 }
-VIEWS = {
-    getattr(torch.Tensor, name)
-    for name in (
-        *("__getitem__", "select", "narrow", "view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"),
-        *("t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "squeeze", "unsqueeze"),
-        *(
-            "chunk",
-            "split",
-            "tensor_split",
-            "unbind",
-            "expand",
-            "expand_as",
-            "diagonal",
-            "unfold",
-            "numpy",
-            "__array__",
-        ),
-    )
-} | {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}  # type: ignore[attr-defined]
+_VIEWS = (
+    *("__getitem__", "select", "narrow", "view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as"),
+    *("t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint", "squeeze", "unsqueeze"),
+    *("chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "unbind", "expand"),
+    *("expand_as", "broadcast_to", "diagonal", "unfold", "as_strided", "numpy", "__array__"),
+)
+_VIEW_GETTERS: tuple[Any, ...] = (torch.Tensor.T, torch.Tensor.mT, torch.Tensor.H, torch.Tensor.mH, torch.Tensor.real)
+# As methods, and as the functions of the same names.
+VIEWS = {getattr(owner, name) for owner in (torch.Tensor, torch) for name in _VIEWS if hasattr(owner, name)}
+VIEWS |= {getter.__get__ for getter in _VIEW_GETTERS}
 _POINTERS = {"data_ptr", "untyped_storage", "storage", "_typed_storage"}
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 _IN_PLACE = {f"__i{name}__" for name in _OPERATORS}
@@ -66,6 +57,11 @@ def sets_requires_grad(func: Any) -> bool:
 def hands_out_storage(func: Any) -> bool:
     """Whether a function gives the place where a tensor's values lie."""
     return _names(func)[0] in _POINTERS
+
+
+def subject(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a function is called on: its first argument, by position or by name, as torch.nn.init passes it."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def writes(func: Any) -> bool:
