@@ -47,6 +47,7 @@ class AdapterFactors(nn.Module):
     """
 
     _strength: Tensor
+    _stacked: frozenset[str] | None = None  # see _find_stacked
 
     def __init__(
         self,
@@ -87,6 +88,12 @@ class AdapterFactors(nn.Module):
     def acting(self) -> float:
         """The strength in force: 0 inside ``disabled``."""
         return 0.0 if self.holds else self.strength
+
+    def _find_stacked(self) -> frozenset[str]:
+        """Of a stack along the first dim: which factors have a part for each matrix. Any other is shared by all."""
+        single = self.method.init(torch.empty(self.shape[1:], device="meta"), self.layout.select(0))
+        self._stacked = frozenset(name for name, shape in self.shapes.items() if single[name].shape != shape)
+        return self._stacked
 
     def set_strength(self, strength: float | None = None, hold: int = 0) -> None:
         """Change the strength, or open (+1) or close (-1) a ``disabled`` block."""
@@ -285,7 +292,10 @@ class Head:
         if isinstance(index, Tensor) and (len(index) >= len(base) or all(e.method.additive for e, _, _ in self._steps)):
             form = self.form()  # as many matrices as there are, or nothing to normalise
             return None if form is None else form.take(index)
-        steps = [(e, strength, {name: t[index] for name, t in own.items()}) for e, strength, own in self._steps]
+        steps: list[Step] = []
+        for e, strength, own in self._steps:
+            stacked = e._find_stacked() if e._stacked is None else e._stacked
+            steps.append((e, strength, {name: t[index] if name in stacked else t for name, t in own.items()}))
         own_layout = layout.select(0) if isinstance(index, int) else layout
 
         def squares(axis: Axis) -> Tensor:

@@ -1,6 +1,7 @@
 """Matrices of an expert stack by a vector of indices: the merged weight's values and gradients, and nothing kept."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -82,6 +83,39 @@ def test_it_is_the_merged_weight_s(
             found.append(results(module, torch.tensor(index)))
     for actual, expected in zip(*found, strict=True):
         assert_close(actual, expected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedGain(lp.Method):
+    """One number for all matrices, and no structured form."""
+
+    def init(self, weight: Tensor, layout: lp.Layout, *, generator: Any = None) -> dict[str, Tensor]:
+        return {"gain": torch.ones((), dtype=weight.dtype, device=weight.device)}
+
+    def apply(self, weight: Tensor, factors: dict[str, Tensor], layout: lp.Layout) -> Tensor:
+        return weight * factors["gain"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedRows(lp.Method):
+    """One number for each row, the same for all matrices."""
+
+    def init(self, weight: Tensor, layout: lp.Layout, *, generator: Any = None) -> dict[str, Tensor]:
+        return {"rows": torch.ones(layout.sizes(weight.shape)[1], dtype=weight.dtype, device=weight.device)}
+
+    def apply(self, weight: Tensor, factors: dict[str, Tensor], layout: lp.Layout) -> Tensor:
+        return layout.tensor(layout.matrix(weight) * factors["rows"].unsqueeze(-1), weight.shape)
+
+    def factored(self, form: Any, factors: dict[str, Tensor]) -> Any:
+        return form.scale_rows(factors["rows"].expand(*form.sizes[0], -1))
+
+
+@pytest.mark.parametrize("method", [SharedGain(), SharedRows()])
+@pytest.mark.parametrize("index", [1, torch.tensor([2, 0]), torch.tensor([0, 1, 1, 2])], ids=str)
+def test_a_factor_without_the_stack_s_dim_is_shared_by_its_matrices(method: lp.Method, index: Any) -> None:
+    weight = lp.effective_weight(module := adapted("bmm", [method], False, False), "weight")
+    x = torch.randn(1, 2, IN, dtype=torch.float64)
+    assert_close(x @ module.weight[index].mT, x @ weight[index].mT)
 
 
 @pytest.mark.parametrize("count", [2, 7])
