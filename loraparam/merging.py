@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from . import slices
 from .adapters import check_known, drop, entries_of, refuse_outside, release
-from .catalogue import catalogue, parametrized
+from .catalogue import Place, catalogue, parametrized
 from .errors import AttachError, LoraparamError, TargetError, nearest
 from .finite import all_finite
 from .guarded import stack_of
@@ -276,14 +276,13 @@ def effective_weight(model: nn.Module, path: str) -> Tensor:
     if len(items) > 1:
         raise TargetError(f"{path!r}: one slice at a time, such as '{name}[{items[0]}]'")
     try:
-        return slices.resolve(items[0], place.module, place.name, weight.shape, _layout_at(model, name)).take(weight)
+        return slices.resolve(items[0], place.module, place.name, weight.shape, _layout_at(place, weight)).take(weight)
     except LoraparamError as error:
         raise error.at(name) from None
 
 
-def _layout_at(model: nn.Module, path: str) -> Layout:
+def _layout_at(place: Place, weight: Tensor) -> Layout:
     """How the parameter is read: as its adapters read it, or as its module says."""
-    place = catalogue(model).place(path)
     stack = stack_of(place.module, place.name)
-    whole = [entry.layout for entry in stack.entries if entry.part is None] if stack is not None else []
-    return whole[0] if whole else layout_of(place.module, place.name, dense_value(place.module, place.name).shape)
+    entries = stack.entries if stack is not None else []
+    return entries[0].whole_layout if entries else layout_of(place.module, place.name, weight.shape)

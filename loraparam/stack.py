@@ -85,6 +85,11 @@ class AdapterFactors(nn.Module):
         return "" if self.part is None else f"[{self.part.key}]"
 
     @property
+    def whole_layout(self) -> Layout:
+        """The layout of the whole parameter, of which this may be a slice."""
+        return self.layout if self.part is None else self.part.whole(self.layout)
+
+    @property
     def acting(self) -> float:
         """The strength in force: 0 inside ``disabled``."""
         return 0.0 if self.holds else self.strength

@@ -298,6 +298,23 @@ def test_slices_mean_these_elements(make: Callable[[], nn.Module], target: str, 
         torch.testing.assert_close(lp.effective_weight(model, path), value, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("shape", "layout", "target"),
+    [
+        ((4, 6), lp.Layout(out=1), "w[0:4]"),
+        ((4, 6), lp.Layout(out=1), "w[1/3]"),
+        ((2, 4, 6), lp.Layout(out=2, batch=(0,)), "w[1]"),
+        ((4, 2, 6), lp.Layout(out=0, batch=(1,)), "w[1]"),
+    ],
+)
+def test_an_effective_slice_is_cut_as_its_adapter_reads_the_weight(
+    shape: tuple[int, ...], layout: lp.Layout, target: str
+) -> None:
+    model = nn.ParameterDict({"w": torch.randn(shape)})
+    (row,) = lp.attach(model, lp.LoRA(r=1), target, layout=layout)
+    assert lp.effective_weight(model, row.path).shape == row.shape
+
+
 def test_each_slice_has_factors_and_a_key_of_its_own() -> None:
     model = nn.MultiheadAttention(4, 2)
     plan = lp.attach(model, lp.LoRA(r=1), "in_proj_weight[q,v]")

@@ -98,8 +98,7 @@ def content_of(model: nn.Module, name: str) -> Content:
                 raise StateError(
                     f"'{path}.{key}' holds NaN or infinity, which no reader would take; the adapter has diverged"
                 )
-        layout = entry.layout if entry.part is None else entry.part.whole(entry.layout)
-        item = Item(path, entry.method, factors, layout)
+        item = Item(path, entry.method, factors, entry.whole_layout)
         weight = None if entry.method.additive else base.known.leaves[item.parameter].base
         items.append(replace(item, shape=base.shape(item.parameter), fingerprint=fingerprint(weight)))
     return Content(f"adapter {name!r}", tuple(items))
