@@ -49,7 +49,8 @@ def param_groups(
     """Optimizer groups over everything trainable in the model: factors, and base parameters left trainable.
 
     LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354): ``lora_B`` learns at ``lr · lr_ratio``, the rest at
-    ``lr``; the paper recommends a ratio around 16. Vectors (magnitudes, biases) get no weight decay.
+    ``lr``; the paper recommends a ratio around 16. Vectors (magnitudes, those of experts as well, and biases) get no
+    weight decay.
 
     Args:
         model: a model with adapters.
@@ -66,12 +67,10 @@ def param_groups(
     """
     if not lr_ratio > 0 or not lr > 0:
         raise LoraparamError(f"lr={lr!r}, lr_ratio={lr_ratio!r}; allowed: positive numbers")
-    fast = {
-        id(tensor)
-        for _, entry in entries_of(model)
-        for factor, tensor in entry.factors().items()
-        if factor in entry.method.fast
-    }
+    factors = [(entry, name, factor) for _, entry in entries_of(model) for name, factor in entry.factors().items()]
+    fast = {id(factor) for entry, name, factor in factors if name in entry.method.fast}
+    # Of a stack of experts there is a vector for each matrix.
+    vectors = {id(factor) for entry, _, factor in factors if factor.dim() - len(entry.layout.batch) < 2}
     groups: dict[str, dict[str, Any]] = {
         "base": {"lr": lr, "weight_decay": weight_decay},
         "fast": {"lr": lr * lr_ratio, "weight_decay": weight_decay},
@@ -80,8 +79,8 @@ def param_groups(
     members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            kind = "fast" if id(parameter) in fast else "vectors" if parameter.dim() < 2 else "base"
-            members[kind].append(parameter)
+            is_vector = parameter.dim() < 2 or id(parameter) in vectors
+            members["fast" if id(parameter) in fast else "vectors" if is_vector else "base"].append(parameter)
     return [{"name": name, "params": members[name], **groups[name]} for name in groups if members[name]]
 
 

@@ -84,6 +84,13 @@ def test_groups_of_lora_plus() -> None:
     torch.optim.AdamW(groups).step()  # an optimizer takes them, each parameter in one group
 
 
+def test_the_vectors_of_experts_are_vectors() -> None:
+    model = nn.ParameterDict({"w": torch.randn(3, 4, 5)})
+    lp.attach(model, lp.DoRA(r=1), "w")
+    groups = {group["name"]: [p.shape for p in group["params"]] for group in lp.param_groups(model, 1e-3)}
+    assert groups == {"base": [(3, 1, 5)], "fast": [(3, 4, 1)], "vectors": [(3, 4)]}
+
+
 def test_groups_hold_what_trains_and_nothing_else() -> None:
     model = two_layers()
     lp.attach(model, lp.LoRA(r=1), "0")
