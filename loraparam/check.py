@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .adapters import check_known
-from .errors import AttachError, listed
+from .errors import AttachError, TargetError, listed, nearest
 from .hosts import Site, groups
 from .plans import table
 from .stack import AdapterFactors
@@ -52,13 +52,13 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of ``check``; prints as a table.
+    """The rows of ``check``; prints as a table. ``report[path]`` is the first row of a target.
 
     Attributes:
         rows: one per target and adapter.
     """
 
-    rows: tuple[ReportRow, ...] = field(default=())
+    rows: tuple[ReportRow, ...] = ()
 
     def __iter__(self) -> Iterator[ReportRow]:
         return iter(self.rows)
@@ -67,7 +67,10 @@ class Report:
         return len(self.rows)
 
     def __getitem__(self, path: str) -> ReportRow:
-        return next(row for row in self.rows if row.path == path)
+        for row in self.rows:
+            if row.path == path:
+                return row
+        raise TargetError(f"no target {path!r} was checked{nearest(path, (row.path for row in self.rows))}")
 
     def __str__(self) -> str:
         lines = [["target", "adapter", "reads", "execution", "gradient", "not read at"]]

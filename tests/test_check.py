@@ -60,6 +60,15 @@ def test_dead_targets_are_named(targets: Any, match: str) -> None:
         lp.check(model, torch.ones(2, 4))
 
 
+def test_a_report_says_which_targets_it_has() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    lp.attach(model, lp.LoRA(r=1))
+    report = lp.check(model, torch.ones(1, 2))
+    assert report["0.weight"].reads == 1
+    with pytest.raises(lp.TargetError, match=r"no target 'O\.weight' was checked; nearest: '0\.weight'"):
+        report["O.weight"]
+
+
 def test_the_error_has_every_dead_target_however_many() -> None:
     model = nn.ModuleList([nn.Linear(2, 2) for _ in range(9)])
     model.forward = lambda x: model[0](x)
