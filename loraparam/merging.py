@@ -124,7 +124,8 @@ def _refuse_torn(group: list[Site]) -> None:
 def _check_finite(value: Tensor, path: str) -> None:
     if not all_finite(value):
         raise AttachError(
-            f"{path!r}: the merged weight is not finite; look for diverged factors with lp.summary, or detach"
+            f"{path!r}: the merged weight is not finite; its base or its factors (lp.state_dict) hold NaN or infinity, "
+            "or grew too large: load good ones, or lp.detach"
         )
 
 
