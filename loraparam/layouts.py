@@ -109,7 +109,7 @@ class Layout:
         if self.rows is not None:
             return f"flat ({self.rows}, in)"
         names = {self.out: "out", **dict.fromkeys(self.batch, "E")}
-        last = max(self.out, *self.batch, 1 - self.out if not self.batch else 2)
+        last = max(self.out, *self.batch, 1 + len(self.batch))  # of those that are named, and one input
         return "(" + ", ".join(names.get(dim, "in") for dim in range(last + 1)) + ")"
 
 

@@ -159,6 +159,22 @@ def test_the_table_says_which_way_experts_are_read() -> None:
     assert transposed[0].layout == lp.Layout(out=2, batch=(0,))
 
 
+@pytest.mark.parametrize(
+    ("layout", "shown"),
+    [
+        (lp.Layout(), "(out, in)"),
+        (lp.Layout(out=1), "(in, out)"),
+        (lp.Layout(out=2), "(in, in, out)"),
+        (lp.Layout(out=0, batch=(1,)), "(out, E, in)"),
+        (lp.Layout(out=2, batch=(0, 1)), "(E, E, out, in)"),
+        (lp.Layout(out=3, batch=(0, 1)), "(E, E, in, out)"),
+        (lp.Layout(rows=6), "flat (6, in)"),
+    ],
+)
+def test_a_layout_prints_as_its_dims(layout: lp.Layout, shown: str) -> None:
+    assert str(layout) == shown
+
+
 def test_rows_carry_what_the_table_shows() -> None:
     plan = lp.plan(Tied(), RULES)
     first, second = plan[0], plan[1]
