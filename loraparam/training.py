@@ -13,7 +13,7 @@ from .plans import table
 
 
 def named_parameters(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Tensor]]:
-    """(key, factor) of one adapter or of all, each once; keys as in ``lp.state_dict``.
+    """(key, factor) of one adapter or of all, each target once; keys as in ``lp.state_dict``.
 
     With several adapters and no name given, keys start with ``<adapter>:``.
 
@@ -32,7 +32,7 @@ def named_parameters(model: nn.Module, name: str | None = None) -> Iterator[tupl
 
 
 def parameters(model: nn.Module, name: str | None = None) -> Iterator[Tensor]:
-    """The factors of one adapter or of all, for an optimizer.
+    """The factors of one adapter or of all, for an optimizer; one that several targets share comes once.
 
     Example:
         >>> import loraparam as lp, torch
@@ -40,7 +40,7 @@ def parameters(model: nn.Module, name: str | None = None) -> Iterator[Tensor]:
         >>> _ = lp.attach(model, lp.LoRA(r=2))
         >>> optimizer = torch.optim.AdamW(lp.parameters(model), lr=1e-3)
     """
-    return iter([parameter for _, parameter in named_parameters(model, name)])
+    return iter({id(parameter): parameter for _, parameter in named_parameters(model, name)}.values())
 
 
 def param_groups(

@@ -55,6 +55,22 @@ def test_a_shared_factor_is_given_once() -> None:
     assert len(parameters) == len({id(parameter) for parameter in parameters}) == 2
 
 
+def test_targets_may_share_a_factor(tmp_path: Path) -> None:
+    """As layers that have one A between them."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lp.attach(model, lp.LoRA(r=1))
+    first, second = (layer.parametrizations.weight[0].default for layer in model)
+    second.lora_A = first.lora_A
+    assert len(list(lp.named_parameters(model))) == 4
+    torch.optim.SGD(lp.parameters(model), lr=0.1)  # which warns of duplicates
+    for format in ("loraparam", "peft"):
+        lp.save(nn.ModuleDict({"m": model}), tmp_path / format, format=format)
+        other = nn.ModuleDict({"m": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
+        lp.load(other, tmp_path / format)
+        for key, factor in lp.state_dict(other).items():
+            torch.testing.assert_close(factor, lp.state_dict(model)[key.removeprefix("m.")], rtol=0, atol=0)
+
+
 def test_without_adapters_there_are_none() -> None:
     assert list(lp.parameters(two_layers())) == list(lp.named_parameters(two_layers())) == []
     assert lp.adapters(two_layers()) == {}

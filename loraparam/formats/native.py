@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_bytes
 
 from ..errors import FormatError, LoraparamError, StateError, listed, nearest
 from ..layouts import Layout
@@ -23,7 +22,7 @@ from ..methods.base import is_int, is_number
 from ..state import check_factor
 from .bases import Base
 from .content import Content, Item, Prefix, difference, relocate
-from .files import open_safetensors, parse_json, write_whole
+from .files import open_safetensors, parse_json, safetensors_bytes, write_whole
 
 NAME = "loraparam"
 HINTS = ("prefix",)
@@ -46,10 +45,10 @@ def write(path: Path, content: Content, base: Base | None) -> None:
         if base is None:
             raise FormatError(f"{content.source!r} replaces {parameter!r} as a whole; the base is needed to write it")
         items.append(difference(parameter, value, base, content.source))
-    tensors = {f"{item.path}.{key}": factor.contiguous() for item in items for key, factor in item.factors.items()}
+    tensors = {f"{item.path}.{key}": factor for item in items for key, factor in item.factors.items()}
     targets = {item.path: _about(item) for item in items}
     metadata = {"format": NAME, "format_version": VERSION, "targets": json.dumps(targets)}
-    write_whole(path, to_bytes(tensors, metadata))
+    write_whole(path, safetensors_bytes(tensors, metadata))
 
 
 def _about(item: Item) -> dict[str, Any]:

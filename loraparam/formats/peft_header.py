@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ..errors import FormatError
 from ..methods.base import is_number
-from .files import parse_json, write_together
+from .files import parse_json, safetensors_bytes, write_together
 from .peft_keys import CONFIG, PREFIX, WEIGHTS, Tensors
 
 _KEY = "loraparam"
@@ -28,9 +27,8 @@ def write_files(path: Path, tensors: Mapping[str, Tensor], config: dict[str, Any
     """Write both files of an adapter, so that each moment has a readable one."""
     before = _digest(path / CONFIG) if (path / CONFIG).is_file() else None
     header = json.dumps({**notes, "config": config, "config_before": before}, sort_keys=True)
-    # Clones, because safetensors refuses tensors that share memory.
-    named = {PREFIX + key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    weights = to_bytes(named, {"format": "pt", _KEY: header})
+    named = {PREFIX + key: tensor for key, tensor in tensors.items()}
+    weights = safetensors_bytes(named, {"format": "pt", _KEY: header})
     text = json.dumps(config, indent=2, sort_keys=True).encode()
     write_together({path / WEIGHTS: weights, path / CONFIG: text})
 
