@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import loraparam as lp
+from loraparam.formats import write_content
+from loraparam.formats.content import Content, Item
 
 TOOLS: dict[str, Any] = {
     "merge": lambda at: lp.merge_files(at / "base", at / "adapter", at / "out"),
@@ -168,3 +170,32 @@ def test_values_that_are_no_finite_numbers_in_a_format_without_its_own_check(
         with pytest.raises(lp.FormatError, match=rf"'linear\.(weight\.)?{key[7:]}' {match}"):
             call(tmp_path)
     assert content(tmp_path) == before
+
+
+def _low_rank(path: str, rows: int, shape: tuple[int, ...] | None = (8, 6)) -> Item:
+    return Item(path, lp.LoRA(r=1), {"lora_A": torch.ones(1, 6), "lora_B": torch.ones(rows, 1)}, lp.Layout(), shape)
+
+
+OVERLAPPING = {
+    "the whole, then a slice": (_low_rank("linear.weight", 8), _low_rank("linear.weight[1/2]", 4)),
+    "a slice, then the whole": (_low_rank("linear.weight[1/2]", 4), _low_rank("linear.weight", 8)),
+    "two slices": (_low_rank("linear.weight[0:4]", 4), _low_rank("linear.weight[3:5]", 2)),
+    "no known shape": (_low_rank("linear.weight", 8, None), _low_rank("linear.weight[1/2]", 4, None)),
+}
+
+
+@pytest.mark.parametrize("tool", [name for name, reads in READS.items() if "adapter" in reads and name != "verify"])
+@pytest.mark.parametrize("case", OVERLAPPING)
+def test_targets_that_share_elements(tmp_path: Path, place: Path, case: str, tool: str) -> None:
+    """No model can carry such an adapter; a tool must not keep one of the two and say nothing."""
+    (tmp_path / "base").symlink_to(place / "base")
+    write_content(tmp_path / "adapter", Content("made", OVERLAPPING[case]), None, format="loraparam")
+    with pytest.raises(lp.FormatError, match=r"targets 'linear\.weight.*' and 'linear\.weight.*' (share|are one)"):
+        TOOLS[tool](tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_slices_beside_each_other_pass(tmp_path: Path) -> None:
+    items = (_low_rank("linear.weight[1/2]", 4), _low_rank("linear.weight[4:8]", 4))
+    write_content(tmp_path / "adapter", Content("made", items), None, format="loraparam")
+    assert len(lp.inspect_file(tmp_path / "adapter").rows) == 2

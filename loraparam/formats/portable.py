@@ -50,8 +50,10 @@ def refuse_misshapen(content: Content, base: Base | None) -> None:
     """Refuse factors of other shapes than their method has for the parameter's, as far as that is known.
 
     Raises:
-        FormatError: there are such, or the base's parameter is of another shape than the file says.
+        FormatError: there are such, or the base's parameter is of another shape than the file says, or two targets
+            share elements of one.
     """
+    _refuse_overlap(content, base)
     trial = Trial()
     for item in content.items:
         at = f"{content.source!r}, target {item.path!r}"
@@ -65,6 +67,21 @@ def refuse_misshapen(content: Content, base: Base | None) -> None:
         if wanted is not None and found != wanted:
             kind = type(item.method).__name__
             raise FormatError(f"{at}: factors of shapes {found}; a {kind} on shape {shape} has {wanted}")
+
+
+def _refuse_overlap(content: Content, base: Base | None) -> None:
+    targets: dict[str, list[tuple[Item, Slice | None]]] = {}
+    for item in content.items:
+        sized = item.part is None or item.shape is not None or (base is not None and item.parameter in base.names)
+        part = part_of(item, base) if sized else None
+        for other, its_part in targets.setdefault(item.parameter, []):
+            # Of two slices of what has no known shape nobody can tell.
+            if None in (item.part, other.part) or (part and its_part and part.overlaps(its_part)):
+                raise FormatError(
+                    f"{content.source!r}: targets {other.path!r} and {item.path!r} share elements of one parameter; "
+                    "keep one of them"
+                )
+        targets[item.parameter].append((item, part))
 
 
 def _shapes(
