@@ -269,6 +269,13 @@ def test_a_file_keeps_its_names_when_it_is_resized(tmp_path: Path) -> None:
     assert {key.partition(".")[0] for key in load_file(tmp_path / "a.safetensors")} == heads
 
 
+def test_without_a_base_no_part_is_selected(tmp_path: Path) -> None:
+    file = file_of(tmp_path / "a.safetensors", "lora_unet_x", "lora_te_x")
+    assert len(lp.inspect_file(file).rows) == 2
+    with pytest.raises(lp.FormatError, match=r"prefix='lora_unet' selects a part of a model, and without the base"):
+        lp.inspect_file(file, prefix="lora_unet")
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [("model", r"or names='file' to leave them as they are"), ("files", r"allowed: 'model', 'file'")],

@@ -84,7 +84,7 @@ def read(
     Args:
         path: the file.
         base: the model or checkpoint it is for.
-        prefix: the part to load, such as "lora_unet" or "unet"; or {prefix: module path}.
+        prefix: the part to load, such as "lora_unet" or "unet"; or {prefix: module path}. Needs the base.
         flavor: "comfyui" where a DoRA's scales were made for ComfyUI; by default as the header says, else "lycoris".
         names: "file" leaves the names as they are in the file, which needs no base, and is enough to look at it.
     """
@@ -93,6 +93,11 @@ def read(
     flavor = check_flavor(metadata.get(FLAVOR, "lycoris") if flavor is None else flavor)
     if names not in ("model", "file"):
         raise FormatError(f"names={names!r}; allowed: 'model', 'file'")
+    if names == "file" and prefix is not None:
+        raise FormatError(
+            f"{file!r}: prefix={prefix!r} selects a part of a model, and without the base all names stay as they are "
+            "in the file; give the base, or leave prefix= out"
+        )
     if names == "file":
         located, metadata = {group.head: group.head for group in groups}, {**metadata, NAMES: "file"}
         base = Implied(groups, located)
