@@ -89,6 +89,21 @@ def test_layouts_told_from_a_checkpoint(tmp_path: Path) -> None:
     assert items(tmp_path / "other")["conv1d.weight"].layout == lp.Layout(out=1)
 
 
+@pytest.mark.parametrize(
+    ("layouts", "match"),
+    [
+        ({"linaer.weight": lp.Layout(out=1)}, r"'linaer\.weight' matches no parameter .*; nearest: 'linear\.weight'"),
+        ({"*.bias": lp.Layout()}, r"'\*\.bias' matches no parameter of two dims or more"),
+        ({"linear*": lp.Layout(out=2)}, r"'linear\.weight': layout .* names dim 2 of a tensor with 2 dims"),
+    ],
+)
+def test_layouts_that_are_for_nothing(tmp_path: Path, layouts: dict[str, lp.Layout], match: str) -> None:
+    base, new = (nn.ModuleDict({"linear": nn.Linear(3, 2)}) for _ in range(2))
+    with pytest.raises(lp.TargetError, match=match):
+        lp.extract(base, new, tmp_path / "adapter", rank=1, layouts=layouts)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_embeddings_and_transposed_weights_told_from_a_checkpoint(tmp_path: Path) -> None:
     """By an embedding's usual names, and by the sizes of biases, also for the square weights of such a name."""
     shapes = {"wte.weight": (9, 4), "wte_like.weight": (9, 4), "embed_tokens.weight": (4, 9), "emb.weight": (4, 4, 3)}

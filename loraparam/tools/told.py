@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
+from ..errors import TargetError, nearest
 from ..formats.bases import Base
 from ..layouts import Layout
 
@@ -28,9 +29,12 @@ def told_layouts(base: Base, given: Mapping[str, Layout]) -> dict[str, Layout]:
     ones of the same name.
 
     Raises:
-        LoraparamError: a given layout does not fit.
+        LoraparamError: a given layout does not fit, or its pattern matches none of these.
     """
     names = [name for name in base.names if len(base.shape(name)) > 1]
+    for pattern in given:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise TargetError(f"layouts: {pattern!r} matches no parameter of two dims or more{nearest(pattern, names)}")
     stored = {name: _stored(name, base) for name in names}
     transposed = {_leaf(name) for name in names if stored[name] == "in, out"}
     transposed -= {_leaf(name) for name in names if stored[name] == "out, in"}
@@ -38,9 +42,16 @@ def told_layouts(base: Base, given: Mapping[str, Layout]) -> dict[str, Layout]:
     for name in names:
         chosen = next((layout for pattern, layout in given.items() if fnmatchcase(name, pattern)), None)
         if chosen is not None:
-            chosen.sizes(base.shape(name))
+            _check_fits(chosen, name, base)
         found[name] = chosen or base.layout(name) or _told(name, base.shape(name), stored[name], transposed)
     return found
+
+
+def _check_fits(layout: Layout, path: str, base: Base) -> None:
+    try:
+        layout.sizes(base.shape(path))
+    except TargetError as error:
+        raise error.at(path) from None
 
 
 def _leaf(path: str) -> str:
