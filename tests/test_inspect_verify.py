@@ -80,6 +80,15 @@ def test_full_differences_have_a_spectrum_where_they_are_small_matrices(
     assert rows["linear.weight"].norm > 0
 
 
+@pytest.mark.parametrize("shape", [(4, 0), (0, 4), (0, 2, 3)])
+def test_a_parameter_without_elements_has_no_spectrum(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    model = nn.ParameterDict({"w": torch.zeros(shape)})
+    lp.attach(model, lp.Full(), "w")
+    lp.save(model, tmp_path / "adapter")
+    (row,) = lp.inspect_file(tmp_path / "adapter").rows
+    assert (row.norm, row.spectrum, row.effective_rank) == (0.0, (), None)
+
+
 def test_blocks_have_the_spectrum_of_the_whole(tmp_path: Path) -> None:
     model = adapted(many(), {"attention.in_proj_weight": lp.BlockLoRA(r=1, alpha=2, blocks=(True, False, True))})
     lp.save(model, tmp_path / "adapter")

@@ -161,7 +161,7 @@ def _look(item: Item) -> Look:
     S = _singular_values(item)
     if isinstance(item.method, Full):
         look["norm"] = float(torch.linalg.vector_norm(item.factors["diff"], dtype=torch.float64))
-    if S is None:
+    if S is None or not S.numel():  # a parameter without elements has none
         return Look(**look)
     rows = S.reshape(-1, S.shape[-1])
     look["norm"] = float(torch.linalg.vector_norm(S))
