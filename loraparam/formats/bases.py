@@ -40,7 +40,7 @@ class Base(Protocol):
         ...
 
     def tensor(self, path: str) -> Tensor:
-        """A parameter's values, without any adapter."""
+        """A parameter's values, without any adapter; on the CPU, as what is read from a file is."""
         ...
 
     def aliases(self, path: str) -> list[str]:
@@ -72,10 +72,10 @@ class ModelBase:
         return self.known.modules.get(path)
 
     def tensor(self, path: str) -> Tensor:
-        """The frozen tensor itself; of quantized ones, a dequantized copy."""
+        """The frozen tensor itself; of quantized ones, and of those on an accelerator, a copy."""
         leaf, place = self.known.leaves[path], self.known.place(path)
         value = (leaf.base if leaf.base is not None else shown_value(place.module, place.name)).detach()
-        return value.dequantize().to(value.dtype) if can_dequantize(value) else value
+        return (value.dequantize().to(value.dtype) if can_dequantize(value) else value).cpu()
 
     def aliases(self, path: str) -> list[str]:
         """By identity."""

@@ -41,7 +41,7 @@ class Item:
     Attributes:
         path: the parameter's dotted path, with its slice in brackets.
         method: the method, with the hyperparameters as far as the file knows them.
-        factors: in the method's own shapes.
+        factors: in the method's own shapes, on the CPU.
         layout: how the whole parameter reads as a matrix.
         shape: of the whole parameter, where it is known.
         fingerprint: of the base it was trained on, where that matters and is known.
@@ -92,7 +92,7 @@ def content_of(model: nn.Module, name: str) -> Content:
     base = ModelBase(model)
     items = []
     for path, entry in entries_of(model, name):
-        factors = {key: whole(factor) for key, factor in entry.values().items()}
+        factors = {key: whole(factor).cpu() for key, factor in entry.values().items()}
         for key, factor in factors.items():
             if not all_finite(factor):
                 raise StateError(
@@ -166,9 +166,7 @@ def difference(path: str, value: Tensor, base: Base, source: str) -> Item:
         raise FormatError(f"{source!r} replaces {path!r} by shape {tuple(value.shape)}; the model takes {shape}")
     weight = base.tensor(path)
     # In float64 the rounding of W + (V - W) is that of the sum alone.
-    diff = (value.to(weight.device, torch.float64) - weight.double()).to(
-        torch.promote_types(weight.dtype, torch.float32)
-    )
+    diff = (value.double() - weight.double()).to(torch.promote_types(weight.dtype, torch.float32))
     return Item(path, Full(), {"diff": diff}, base.layout(path) or Layout(), shape)
 
 

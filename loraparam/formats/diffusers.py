@@ -279,8 +279,7 @@ def write(path: Path, content: Content, base: Base | None, *, prefix: WritePrefi
     modules: dict[str, Module] = {}
     for item in [*whole(content, base), *replacements(content, base)]:
         owner = item.path.rpartition(".")[0]
-        factors = {key: factor.detach().cpu() for key, factor in item.factors.items()}
-        modules.setdefault(owner, Module(owner, base)).add(replace(item, factors=factors))
+        modules.setdefault(owner, Module(owner, base)).add(item)
     names = heads(modules, base, prefix)
     parts: dict[str, list[Module]] = {}
     for module in modules.values():

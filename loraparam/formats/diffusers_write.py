@@ -137,7 +137,7 @@ class Module:
         if self.base is None:
             why = "DoRA with eps" if own is not None else "LoRA beside DoRAs, which diffusers makes one, too"
             raise FormatError(f"{item.path!r}: {why}; the base is needed for the lengths of its rows")
-        weight = self.base.tensor(item.path).double().cpu()
+        weight = self.base.tensor(item.path).double()
         assert isinstance(item.method, LowRank)
         norm = dora_norm(item, replace(method, alpha=item.method.scale * method.r, rslora=False), weight)
         scaled = (

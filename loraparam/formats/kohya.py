@@ -264,8 +264,7 @@ def write(
     modules: dict[str, dict[str, Item]] = {}
     for item in [*whole(content, base), *replacements(content, base)]:
         owner, _, name = item.path.rpartition(".")
-        factors = {key: factor.detach().cpu() for key, factor in item.factors.items()}
-        modules.setdefault(owner, {})[name] = replace(item, factors=factors)
+        modules.setdefault(owner, {})[name] = item
     names = Names(modules, base, "" if prefix is None and content.metadata.get(NAMES) == "file" else prefix)
     tensors: dict[str, Tensor] = {}
     for owner, items in modules.items():

@@ -254,7 +254,7 @@ class Writer:
         if self.base is None:
             way = "; or flavor='lycoris'" if self.flavor == "comfyui" else ""
             raise FormatError(f"{item.path!r}: the base is needed for {why}{way}")
-        return self.base.tensor(item.path).double().cpu()
+        return self.base.tensor(item.path).double()
 
     def dense(self, item: Item) -> Item:
         """The item as a difference from the base, which stands for any method."""
@@ -263,7 +263,7 @@ class Writer:
         shape = self._shape(item)
         additive = item.method.additive
         weight = torch.zeros(shape, dtype=torch.float64) if additive else self._weight(item, "the difference it makes")
-        factors = {key: factor.double().cpu() for key, factor in item.factors.items()}
+        factors = {key: factor.double() for key, factor in item.factors.items()}
         diff = item.method.apply(weight, factors, item.layout) - weight
         dtype = torch.promote_types(next(iter(item.factors.values())).dtype, torch.float32)
         return replace(item, method=Full(), factors={"diff": diff.to(dtype)})
@@ -283,7 +283,7 @@ def _comfyui_norm(item: Item, weight: Tensor) -> Tensor | None:
 def from_comfyui(item: Item, base: Base) -> Item:
     """A DoRA read from a file for ComfyUI, with the magnitude that means the same here."""
     assert isinstance(item.method, DoRA)
-    weight = base.tensor(item.path).double().cpu()
+    weight = base.tensor(item.path).double()
     theirs = _comfyui_norm(item, weight)
     if theirs is None:
         return item

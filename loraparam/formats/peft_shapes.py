@@ -60,5 +60,5 @@ def to_groups(A: Tensor, B: Tensor, shape: Sequence[int], groups: int) -> tuple[
 def rescaled_groups(weight: Tensor, l: Tensor, groups: int) -> Tensor:
     """A grouped convolution's weight (out, in/g, *k) with each of its ``in`` input channels multiplied by l (in,)."""
     blocks = weight.unflatten(0, (groups, -1))
-    rows = l.to(weight.device, torch.promote_types(weight.dtype, l.dtype)).reshape(groups, 1, -1)
+    rows = l.to(torch.promote_types(weight.dtype, l.dtype)).reshape(groups, 1, -1)
     return torch.mul(blocks, rows[(..., *[None] * (weight.dim() - 2))]).flatten(0, 1)

@@ -123,7 +123,7 @@ class Values:
                 f"{parameter!r} has {tuple(value.shape)}"
             )
         value = value.to(torch.promote_types(value.dtype, rows.dtype), copy=True)
-        value[torch.tensor(ids, dtype=torch.long, device=value.device)] = rows.to(value)
+        value[torch.tensor(ids, dtype=torch.long)] = rows.to(value)
         self.replaced[parameter] = value
 
     # --- values and adapters on one parameter ---------------------------------------------------------------

@@ -130,7 +130,7 @@ def at_most_full_rank(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     # As for all that is computed of a pair: a product rounded to 16 bits would be another one.
     wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
     delta = (B.double() @ A.double()).to(wide)
-    eye = torch.eye(min(out, in_), dtype=wide, device=A.device).expand(*A.shape[:-2], -1, -1)
+    eye = torch.eye(min(out, in_), dtype=wide).expand(*A.shape[:-2], -1, -1)
     return (delta, eye.contiguous()) if out <= in_ else (eye.contiguous(), delta)
 
 
@@ -158,7 +158,7 @@ def _plain(item: Item, base: Base | None) -> Item:
     layout = (base.layout(item.parameter) if base is not None else None) or Layout()
     delta = layout.matrix(item.layout.tensor(B.double() @ A.double(), item.shape)).to(A.dtype)
     # Of full rank, most likely: a flat kernel's rows are other rows.
-    A, B = at_most_full_rank(delta.contiguous(), torch.eye(delta.shape[0], dtype=delta.dtype, device=delta.device))
+    A, B = at_most_full_rank(delta.contiguous(), torch.eye(delta.shape[0], dtype=delta.dtype))
     return replace(item, method=LoRA(r=A.shape[0]), factors={"lora_A": A, "lora_B": B}, layout=layout)
 
 

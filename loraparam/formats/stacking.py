@@ -58,7 +58,7 @@ def written(content: Content, base: Base | None, format: str) -> tuple[list[Stac
             if base is None:
                 raise FormatError(f"{item.path!r}: {format} stores biases whole; the base is needed to write one")
             value = base.tensor(_only_bias(item.path, format))
-            biases[item.path] = (value.double() + item.factors["diff"].to(value.device).double()).to(value.dtype)
+            biases[item.path] = (value.double() + item.factors["diff"].double()).to(value.dtype)
         else:
             groups.setdefault(item.parameter, []).append(item)
     return [_stacked(group, base, format) for group in groups.values()], biases

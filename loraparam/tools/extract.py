@@ -125,16 +125,14 @@ def _unmatched(before: Base, after: Base) -> dict[str, str]:
 def _difference(before: Base, after: Base, path: str) -> Tensor | str | None:
     """W_tuned − W_base in float32 or wider, rounded once; why it cannot be kept; None where there is none."""
     old, new = before.tensor(path), after.tensor(path)
-    if old.dtype == new.dtype and torch.equal(
-        *(t.cpu().contiguous().reshape(-1).view(torch.uint8) for t in (old, new))
-    ):
+    if old.dtype == new.dtype and torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (old, new))):
         return None
     if path.rpartition(".")[2] in _BUFFERS:
         return "changed; a buffer, which no adapter holds"
     if not {old.dtype, new.dtype} <= set(DTYPES.values()):
         return f"changed; of dtype {old.dtype} in the base and {new.dtype} in the tuned one, to which no adapter adds"
     wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
-    delta = new.cpu().to(wide) - old.cpu().to(wide)
+    delta = new.to(wide) - old.to(wide)
     if not all_finite(delta):
         raise FormatError(f"{path!r} holds NaN or infinity in one of the two, or their difference does")
     return delta if bool(delta.any()) else None
