@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import loraparam as lp
+from loraparam.formats.portable import plain
 from loraparam.testing.subjects import shake
 from loraparam.tools.entrywise import dare, generator_for, ties, trimmed
-from loraparam.tools.fitting import plain
 
 counter = itertools.count()
 

@@ -11,7 +11,7 @@ from torch import nn
 import loraparam as lp
 from loraparam.formats.bases import Base, FileBase, ModelBase
 from loraparam.formats.content import Item, content_of
-from loraparam.formats.portable import at_most_full_rank, padded, pair, whole
+from loraparam.formats.portable import at_most_full_rank, joined, padded, pair
 from loraparam.methods.lowrank import LowRank
 from loraparam.testing.subjects import shake
 
@@ -47,7 +47,7 @@ def test_slices_join_into_one_item_of_the_same_weight(case: str) -> None:
     lp.attach(model, methods)
     shake(model)
     base = ModelBase(model)
-    (item,) = whole(content_of(model, "default"), base)
+    (item,) = joined(content_of(model, "default"), base)
     expected = lp.effective_weight(model, item.parameter).detach()
     torch.testing.assert_close(dense(item, base), expected)
     assert not isinstance(item.method, LowRank) or item.method.scale == 1
@@ -65,7 +65,7 @@ def test_experts_by_index_join_into_a_stack() -> None:
     lp.attach(model, {"stack[0]": lp.LoRA(r=1, alpha=3), "stack[2]": lp.LoRA(r=2)})
     shake(model)
     base = ModelBase(model)
-    (item,) = whole(content_of(model, "default"), base)
+    (item,) = joined(content_of(model, "default"), base)
     assert item.factors["lora_A"].shape == (3, 2, 4)
     torch.testing.assert_close(dense(item, base), lp.effective_weight(model, "stack").detach())
 
@@ -74,7 +74,7 @@ def test_slices_that_no_pair_expresses_are_refused() -> None:
     model = nn.Linear(4, 6)
     lp.attach(model, {"weight[1/2]": lp.DoRA(r=2, axis="in"), "weight[2/2]": lp.LoRA(r=2)})
     with pytest.raises(lp.FormatError, match=r"'weight\[1/2\]': DoRA, .* one low-rank pair for 'weight'"):
-        whole(content_of(model, "default"), ModelBase(model))
+        joined(content_of(model, "default"), ModelBase(model))
 
 
 @given(out=st.integers(1, 5), in_=st.integers(1, 5), r=st.integers(1, 8), more=st.integers(0, 3))

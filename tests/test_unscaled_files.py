@@ -19,7 +19,7 @@ import loraparam.loralib
 import loraparam.loratorch
 from loraparam.formats.bases import FileBase, ModelBase
 from loraparam.formats.content import content_of
-from loraparam.formats.portable import whole
+from loraparam.formats.portable import joined
 from loraparam.testing.subjects import shake
 
 
@@ -326,7 +326,7 @@ def test_in_plain_factors(case: str) -> None:
     name, settings, _ = LAYERS[case]
     layer = moved(getattr(loraparam.loralib, name)(**settings, lora_alpha=ALPHA)).double()
     base = ModelBase(layer)
-    (item,) = whole(content_of(layer, "default"), base)
+    (item,) = joined(content_of(layer, "default"), base)
     assert isinstance(item.method, lp.LoRA)
     assert item.layout == base.layout(item.path)
     weight = base.tensor(item.path)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import FormatError, listed, nearest
 from .bases import Base
+from .content import Prefix, as_mapping
 
-Prefix = str | Mapping[str, str] | None
+# Of a writer: one for all, or {module path: prefix}.
+WritePrefix = str | Mapping[str, str] | None
 
 _UNET = ("unet", "transformer", "model.diffusion_model", "diffusion_model")
 _TEXT = ("text_encoder", "cond_stage_model.transformer", "conditioner.embedders.0.transformer")
@@ -87,6 +88,19 @@ def parts_of(owners: Iterable[str], base: Base | None) -> dict[str, str]:
             if text in kind.__name__ and not kind.__module__.startswith("torch."):
                 return {"": part}
     return {}
+
+
+def prefixes_below(prefix: str | Mapping[str, str]) -> dict[str, str]:
+    """{module path: prefix} of what a caller gives a writer."""
+    given = as_mapping({"": prefix} if isinstance(prefix, str) else prefix, "module paths to prefixes")
+    return {path.rstrip("."): text for path, text in given.items()}
+
+
+def place_below(owner: str, prefixes: Mapping[str, str]) -> tuple[str, str] | None:
+    """(the prefix of the deepest path above a module, the module's path below that); None without one."""
+    paths = [path for path in prefixes if not path or f"{owner}.".startswith(f"{path}.")]
+    path = max(paths, key=len, default=None)
+    return None if path is None else (prefixes[path], owner[len(path) :].lstrip("."))
 
 
 @dataclass(frozen=True)
@@ -224,13 +238,6 @@ def _chosen(heads: list[str], modules: Modules, prefix: Prefix, file: str) -> di
         for start in _spelled(name, heads):
             chosen[start] = root
     return chosen
-
-
-def as_mapping(prefix: Any, what: str) -> Mapping[str, str]:
-    """A ``prefix`` of a caller's, once it is known to be a mapping of strings."""
-    if isinstance(prefix, Mapping) and all(isinstance(text, str) for pair in prefix.items() for text in pair):
-        return prefix
-    raise FormatError(f"prefix={prefix!r}; allowed: a string, or a mapping of {what}")
 
 
 def _spelled(name: str, heads: list[str]) -> list[str]:

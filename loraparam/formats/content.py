@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ..errors import FormatError, LoraparamError, StateError, listed, nearest
 from ..finite import all_finite
 from ..layouts import Layout
 from ..methods import Factors, Full, Method
+from ..methods.base import is_number
 from ..methods.lowrank import LowRank
 from ..plans import Plan, Row, Trial, row_at
 from ..refusals import can_dequantize
@@ -220,6 +221,11 @@ def fingerprint(weight: Tensor | None) -> list[float] | None:
     return [float(norm), *(float(value) for value in flat[index])]
 
 
+def is_fingerprint(value: Any) -> TypeGuard[list[float]]:
+    """Whether a file's value may be one."""
+    return isinstance(value, list) and len(value) == 9 and all(map(is_number, value))
+
+
 def refuse_other_base(row: Row, weight: Tensor | None, saved: list[float] | None, source: str) -> None:
     """Refuse a whole base weight that is not the one the factors were trained on."""
     # A slice's factors depend on the slice alone, but the whole weight tells another base as well.
@@ -243,6 +249,13 @@ def refuse_other_base(row: Row, weight: Tensor | None, saved: list[float] | None
 Prefix = str | Mapping[str, str] | None
 
 
+def as_mapping(prefix: Any, what: str) -> Mapping[str, str]:
+    """A ``prefix`` of a caller's, once it is known to be a mapping of strings."""
+    if isinstance(prefix, Mapping) and all(isinstance(text, str) for pair in prefix.items() for text in pair):
+        return prefix
+    raise FormatError(f"prefix={prefix!r}; allowed: a string, or a mapping of {what}")
+
+
 def relocate(path: str, prefix: Prefix) -> str | None:
     """Where a file's module path stands in the model; None for what ``prefix`` does not select.
 
@@ -261,9 +274,7 @@ def relocate(path: str, prefix: Prefix) -> str | None:
     """
     if prefix is None:
         return path
-    given: Any = {prefix: ""} if isinstance(prefix, str) else prefix
-    if not isinstance(given, Mapping) or not all(isinstance(text, str) for pair in given.items() for text in pair):
-        raise FormatError(f"prefix={prefix!r}; allowed: a string, or a mapping of the file's prefix to a module path")
+    given = as_mapping({prefix: ""} if isinstance(prefix, str) else prefix, "the file's prefixes to module paths")
     for old in sorted(given, key=len, reverse=True):
         start = old.rstrip(".")
         if not start or path == start or path.startswith(start + "."):

@@ -22,15 +22,15 @@ from ..layouts import Layout
 from ..methods import Full, LoRA
 from ..methods.base import is_number
 from .bases import Base
-from .components import Prefix, locate
-from .content import Content, Item, relocate
-from .diffusers_write import Module, WritePrefix, heads
+from .components import WritePrefix, locate
+from .content import Content, Item, Prefix, relocate
+from .diffusers_write import Module, heads
 from .files import open_safetensors, parse_json, safetensors_bytes, write_whole
 from .leaves import PAIRS, Group, Leaves, layout_for, matrices, read_groups, squeezed
 from .pairs import Implied, Pair
 from .peft_config import Config, parse
 from .peft_shapes import from_groups
-from .portable import replacements, trained, whole
+from .portable import joined, replacements, trained
 
 NAME = "diffusers"
 HINTS = ("prefix", "alpha")
@@ -277,7 +277,7 @@ def write(path: Path, content: Content, base: Base | None, *, prefix: WritePrefi
             or the names of its children, else none.
     """
     modules: dict[str, Module] = {}
-    for item in [*whole(content, base), *replacements(content, base)]:
+    for item in [*joined(content, base), *replacements(content, base)]:
         owner = item.path.rpartition(".")[0]
         modules.setdefault(owner, Module(owner, base)).add(item)
     names = heads(modules, base, prefix)

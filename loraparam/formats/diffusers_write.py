@@ -6,7 +6,7 @@ bias to every module, and releases before August 2026 want one rank. So the modu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,14 +17,11 @@ from ..layouts import Layout
 from ..methods import DoRA, Full, LoRA, Magnitude
 from ..methods.lowrank import LowRank
 from .bases import Base
-from .components import as_mapping, parts_of
+from .components import WritePrefix, parts_of, place_below, prefixes_below
 from .content import Item
-from .pairs import as_pair, dora_norm, is_read_by_attention
+from .pairs import EPS, as_pair, dora_norm, is_read_by_attention
 from .portable import padded, pair
 
-WritePrefix = str | Mapping[str, str] | None
-
-_LYCORIS_EPS = torch.finfo(torch.float32).eps
 _DIFFERENCE = "write its difference with format='kohya', or use format='loraparam'"
 
 
@@ -35,18 +32,14 @@ def heads(owners: Iterable[str], base: Base | None, prefix: WritePrefix) -> dict
         FormatError: no prefix is for a module, or it is the model itself, which diffusers cannot adapt.
     """
     owners = list(owners)
-    if prefix is None:
-        given: Mapping[str, str] = parts_of(owners, base) or {"": ""}
-    else:
-        given = as_mapping({"": prefix} if isinstance(prefix, str) else prefix, "module paths to prefixes")
-    given = {path.rstrip("."): part.rstrip(".") for path, part in given.items()}
+    given = prefixes_below(prefix) if prefix is not None else parts_of(owners, base) or {"": ""}
+    given = {path: part.rstrip(".") for path, part in given.items()}
     found = {}
     for owner in owners:
-        paths = [path for path in given if not path or f"{owner}.".startswith(f"{path}.")]
-        if not paths:
+        place = place_below(owner, given)
+        if place is None:
             raise FormatError(f"{owner!r}: prefix={prefix!r} has no module path above it")
-        path = max(paths, key=len)
-        part, rest = given[path], owner[len(path) :].lstrip(".")
+        part, rest = place
         if not rest:
             raise FormatError(f"{owner or 'the model'!r}: diffusers adapts modules below a part, not the part itself")
         found[owner] = (part, f"{part}.{rest}" if part else rest)
@@ -131,8 +124,7 @@ class Module:
         """The magnitude for a norm without eps; of a LoRA the length of its rows, which changes nothing."""
         method = item.method if isinstance(item.method, DoRA) else DoRA(r=item.factors["lora_A"].shape[0])
         own = item.factors.get("magnitude")
-        # LyCORIS' eps is the rounding of a float32.
-        if own is not None and method.eps <= _LYCORIS_EPS:
+        if own is not None and method.eps <= EPS:  # the rounding of a float32
             return own
         if self.base is None:
             why = "DoRA with eps" if own is not None else "LoRA beside DoRAs, which diffusers makes one, too"

@@ -20,14 +20,14 @@ from ..errors import FormatError, listed
 from ..layouts import Layout
 from ..methods import Full
 from .bases import Base
-from .components import Prefix, component_of, locate
-from .content import Content, Item
+from .components import WritePrefix, component_of, locate
+from .content import Content, Item, Prefix
 from .files import open_safetensors, safetensors_bytes, write_whole
 from .kohya_products import HADAMARD, KRONECKER, product_of, refuse_misfit
-from .kohya_write import EPS, FLAVOR, Flavor, Names, WritePrefix, Writer, check_flavor, from_comfyui
+from .kohya_write import FLAVOR, Flavor, Names, Writer, check_flavor, from_comfyui
 from .leaves import Group, Leaves, alpha_of, layout_for, matrices, read_groups, refuse_growth, squeezed
-from .pairs import Implied, Pair
-from .portable import replacements, trained, whole
+from .pairs import EPS, Implied, Pair
+from .portable import joined, replacements, trained
 from .products import Product
 
 NAME = "kohya"
@@ -262,7 +262,7 @@ def write(
     """
     writer = Writer(base, check_flavor(flavor))
     modules: dict[str, dict[str, Item]] = {}
-    for item in [*whole(content, base), *replacements(content, base)]:
+    for item in [*joined(content, base), *replacements(content, base)]:
         owner, _, name = item.path.rpartition(".")
         modules.setdefault(owner, {})[name] = item
     names = Names(modules, base, "" if prefix is None and content.metadata.get(NAMES) == "file" else prefix)

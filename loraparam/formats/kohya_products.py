@@ -1,7 +1,7 @@
 """LyCORIS' LoHa and LoKr: differences that are a product of two pairs, element by element or by Kronecker.
 
 LoHa (Hyeon-Woo et al. 2022, https://arxiv.org/abs/2108.06098): ΔV = s·(P₁·Q₁) ⊙ (P₂·Q₂). LoKr: ΔV = s·(P₁·Q₁) ⊗
-(P₂·Q₂), where an operand may be a whole matrix, and s = 1 where both are. Either is one pair of rank r₁·r₂, which is
+(P₂·Q₂), where a side may be a whole matrix, and s = 1 where both are. Either is one pair of rank r₁·r₂, which is
 what is made of it, or a whole difference, where that is smaller.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from .leaves import Group, refuse_growth, squeezed
-from .products import Operand, Product, whole_operand
+from .products import Product, Side, whole_side
 
 HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_t1", "hada_w2_a", "hada_w2_b", "hada_t2")
 KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -32,14 +32,14 @@ def product_of(group: Group) -> Product | None:
     if any(leaf not in known for leaf in found):
         raise group.error(found[0], "LoHa and LoKr on one module; keep one")
     start = "lokr_" if kronecker else "hada_"
-    left, right = (_operand(group, start, side) for side in (1, 2))
+    left, right = (_side(group, start, side) for side in (1, 2))
     if not kronecker and (left.P.shape[0], left.Q.shape[1]) != (right.P.shape[0], right.Q.shape[1]):
         raise group.error(found[0], "its two sides have different sizes")
     ranks = [side.rank for side in ((right, left) if kronecker else (left, right)) if side.rank is not None]
     return Product(left, right, kronecker, ranks[0] if ranks else None)
 
 
-def _operand(group: Group, start: str, side: int) -> Operand:
+def _side(group: Group, start: str, side: int) -> Side:
     whole, a, b, core = (f"{start}{leaf}" for leaf in (f"w{side}", f"w{side}_a", f"w{side}_b", f"t{side}"))
     if whole in group.keys:
         extra = next((leaf for leaf in (a, b, core) if leaf in group.keys), None)
@@ -56,21 +56,21 @@ def _operand(group: Group, start: str, side: int) -> Operand:
     if core not in group.keys:
         if P.shape[1] != Q.shape[0]:
             raise group.error(a, f"shape {tuple(P.shape)}, beside {tuple(Q.shape)}: ranks that differ")
-        return Operand(P, Q, Q.shape[0])
+        return Side(P, Q, Q.shape[0])
     T = group.tensors[core]
     if T.dim() < 3 or T.shape[0] != P.shape[0] or T.shape[1] != Q.shape[0] or T.shape[0] != T.shape[1]:
         raise group.error(core, f"shape {tuple(T.shape)}, beside {tuple(P.shape)} and {tuple(Q.shape)}")
     r, kernel = Q.shape[0], tuple(T.shape[2:])
     refuse_growth(group, core, T.numel() // r * Q.shape[1])
     contracted = torch.einsum("ijk,jd->idk", T.double().reshape(r, r, -1), Q.double()).reshape(r, -1)
-    return Operand(P.T, contracted, r, kernel)
+    return Side(P.T, contracted, r, kernel)
 
 
-def _whole(group: Group, leaf: str) -> Operand:
+def _whole(group: Group, leaf: str) -> Side:
     matrix = group.tensors[leaf]
     if matrix.dim() < 2:
         raise group.error(leaf, f"shape {tuple(matrix.shape)}; allowed: (out, in, *k)")
-    return whole_operand(matrix)
+    return whole_side(matrix)
 
 
 def refuse_misfit(group: Group, product: Product, shape: Sequence[int], out: int, in_: int) -> None:

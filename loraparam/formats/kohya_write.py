@@ -13,16 +13,13 @@ from ..errors import FormatError
 from ..functional import row_norm
 from ..methods import DoRA, Full, LoRA, Magnitude
 from .bases import Base
-from .components import as_mapping, parts_of
+from .components import WritePrefix, parts_of, place_below, prefixes_below
 from .content import Item
-from .pairs import as_pair, dora_norm, is_read_by_attention
+from .pairs import EPS, as_pair, dora_norm, is_read_by_attention
 from .portable import pair
 
 Flavor = Literal["lycoris", "comfyui"]
-WritePrefix = str | Mapping[str, str] | None
-
 FLAVOR = "loraparam.flavor"  # in the header
-EPS = torch.finfo(torch.float32).eps  # added to a DoRA's norm by every reader
 _PREFIXES = {
     "unet": "lora_unet_",
     "transformer": "lora_transformer_",
@@ -74,18 +71,11 @@ class Names:
             if "text_encoder" in chosen and (two or "text_encoder_2" in chosen):
                 chosen["text_encoder"] = "lora_te1_"
             return chosen
-        given = as_mapping({"": prefix} if isinstance(prefix, str) else prefix, "module paths to prefixes")
-        return {path.rstrip("."): text if not text or text[-1] in "._" else f"{text}_" for path, text in given.items()}
-
-    def _place(self, owner: str) -> tuple[str, str] | None:
-        """(prefix, the path below it)."""
-        for path in sorted(self.prefixes, key=len, reverse=True):
-            if not path or f"{owner}.".startswith(f"{path}."):
-                return self.prefixes[path], owner[len(path) :].lstrip(".")
-        return None
+        given = prefixes_below(prefix)
+        return {path: text if not text or text[-1] in "._" else f"{text}_" for path, text in given.items()}
 
     def _head(self, owner: str) -> str | None:
-        place = self._place(owner)
+        place = place_below(owner, self.prefixes)
         if place is None:
             return None
         start, rest = place
@@ -93,7 +83,7 @@ class Names:
 
     def is_dotted(self, owner: str) -> bool:
         """Whether names there keep the path's dots, and can name any parameter."""
-        place = self._place(owner)
+        place = place_below(owner, self.prefixes)
         return place is not None and place[0].endswith(".")
 
     def head(self, owner: str) -> str:

@@ -21,7 +21,7 @@ from .content import Content, Item, Prefix
 from .stacking import OPTIONS as OPTIONS
 from .stacking import Stacked, tensors_to_write, write_state, written
 from .unscaled import HINTS as HINTS
-from .unscaled import Pair, items, locate, parsed, recognised
+from .unscaled import items, locate, parsed, recognised
 
 NAME = "loratorch"
 _TAGS = tuple("".join(letters) for n in (1, 2, 3) for letters in combinations("qkv", n))
@@ -90,7 +90,7 @@ def _key(one: Stacked, base: Base | None) -> str:
     owner, dot, name = parameter.rpartition(".")
     if name == "weight":
         above, _, last = owner.rpartition(".")
-        attention = Pair(above, "", *one.item.factors.values()).at("in_proj_weight", "q_proj_weight")
+        attention = [f"{above}.{name}".removeprefix(".") for name in ("in_proj_weight", "q_proj_weight")]
         if last == "out_proj" and base is not None and any(path in base.names for path in attention):
             return f"{above}.o_" if above else "o_"
         return f"{owner}{dot}w_"

@@ -18,10 +18,10 @@ import torch
 from ..errors import FormatError, LoraparamError, StateError, listed, nearest
 from ..layouts import Layout
 from ..methods import REGISTRY, Factors, Method
-from ..methods.base import is_int, is_number
+from ..methods.base import is_int
 from ..state import check_factor
 from .bases import Base
-from .content import Content, Item, Prefix, difference, relocate
+from .content import Content, Item, Prefix, difference, is_fingerprint, relocate
 from .files import open_safetensors, parse_json, safetensors_bytes, write_whole
 
 NAME = "loraparam"
@@ -127,7 +127,7 @@ def _layout(value: Any) -> Layout:
 
 
 def _fingerprint(value: Any) -> list[float] | None:
-    if value is None or (isinstance(value, list) and len(value) == 9 and all(map(is_number, value))):
+    if value is None or is_fingerprint(value):
         return value
     raise FormatError(f"base {value!r}; allowed: 9 numbers")
 

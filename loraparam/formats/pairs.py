@@ -19,6 +19,8 @@ from .kohya_products import product_of
 from .leaves import Group, refuse_growth
 from .portable import at_most_full_rank
 
+EPS = torch.finfo(torch.float32).eps  # LyCORIS and ComfyUI add it to a DoRA's norm
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import FormatError
-from ..methods.base import is_number
+from .content import is_fingerprint
 from .files import parse_json, safetensors_bytes, write_together
 from .peft_keys import CONFIG, PREFIX, WEIGHTS, Tensors
 
@@ -62,9 +62,7 @@ class Notes:
         place = f"{tensors.place!r}, header {_KEY!r}"
         value = parse_json(text, place)
         bases = value.get("bases", {}) if isinstance(value, dict) else None
-        if not isinstance(bases, dict) or not all(
-            isinstance(mark, list) and len(mark) == 9 and all(map(is_number, mark)) for mark in bases.values()
-        ):
+        if not isinstance(bases, dict) or not all(map(is_fingerprint, bases.values())):
             raise FormatError(f"{place}; allowed: an object, with bases of 9 numbers each")
         out_proj = value.get("out_proj")
         if out_proj not in (None, "once", "twice"):

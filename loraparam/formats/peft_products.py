@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from .products import Operand, Product, kron, whole_operand
+from .products import Product, Side, kron, whole_side
 
 Tensors = Mapping[str, Tensor]
 
@@ -61,16 +61,16 @@ def low_rank(tensors: Tensors, out: int, in_: int) -> tuple[Tensor, Tensor] | No
         return None
     kronecker = "hada_w1_a" not in tensors
     stem = "lokr_w" if kronecker else "hada_w"
-    left, right = (_operand(tensors, f"{stem}{side}") for side in (1, 2))
+    left, right = (_side(tensors, f"{stem}{side}") for side in (1, 2))
     whole = Product(left, right, kronecker, None)
     return whole.pair() if whole.is_pair(out, in_) else None
 
 
-def _operand(tensors: Tensors, name: str) -> Operand:
+def _side(tensors: Tensors, name: str) -> Side:
     if name in tensors:
-        return whole_operand(tensors[name])
+        return whole_side(tensors[name])
     P, Q = tensors[f"{name}_a"], tensors[f"{name}_b"]
-    return Operand(P, Q, Q.shape[0])
+    return Side(P, Q, Q.shape[0])
 
 
 def _loha(t: Tensors, shape: Sequence[int]) -> Tensor:

@@ -12,7 +12,7 @@ from ..state import check_factor
 from .bases import Base
 from .content import Item, Prefix, relocate
 from .peft_config import Config
-from .peft_keys import Layer, Tensors
+from .peft_keys import PREFIX, Layer, Tensors
 
 
 class Values:
@@ -32,7 +32,7 @@ class Values:
                 unknown.append(tensors.keys[path])
         if unknown:
             known = [] if base is None else base.names
-            near = nearest(unknown[0].removeprefix("base_model.model."), known)
+            near = nearest(unknown[0].removeprefix(PREFIX), known)
             raise FormatError(f"{tensors.place!r}: {listed(unknown)} belong to no adapter and no parameter{near}")
         if base is not None:
             self._check_complete(base)
@@ -42,11 +42,10 @@ class Values:
 
     def _take(self, path: str, place: str, value: Tensor) -> bool:
         """Keep one value; False where nothing has that name."""
-        owner, _, name = path.rpartition(".")
+        name = path.rpartition(".")[2]
         if self.base is None:
-            told = self.config.saves(owner) or ".base_layer." in self.tensors.keys[path]
-            parents = [owner[:i] for i, character in enumerate(owner) if character == "."]
-            if not (told or any(map(self.config.saves, parents)) or (name == "bias" and self.config.bias != "none")):
+            told = self._is_saved(path) or ".base_layer." in self.tensors.keys[path]
+            if not (told or (name == "bias" and self.config.bias != "none")):
                 return False
         elif place not in self.base.names:
             return self._is_buffer(path, place, value)

@@ -24,7 +24,7 @@ from .peft_saved import Depths, new_values, saved
 from .peft_scaled import scaled
 from .peft_shapes import to_experts, to_groups
 from .peft_wrappers import WAY_OUT, Wrapper, as_dora, no_form, wrapper
-from .portable import padded, whole
+from .portable import joined, padded
 
 VERSION = "0.21.2"  # the PEFT whose format this is
 
@@ -46,7 +46,7 @@ def tensors_and_config(content: Content, base: Base | None, out_proj: str | None
     Raises:
         FormatError: PEFT cannot hold it.
     """
-    items = whole(content, base)
+    items = joined(content, base)
     for item in items:
         if type(item.method) not in (LoRA, DoRA, Magnitude, IA3, Full):
             raise no_form(item, "PEFT has no such method")

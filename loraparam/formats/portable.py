@@ -134,7 +134,7 @@ def at_most_full_rank(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return (delta, eye.contiguous()) if out <= in_ else (eye.contiguous(), delta)
 
 
-def whole(content: Content, base: Base | None) -> list[Item]:
+def joined(content: Content, base: Base | None) -> list[Item]:
     """The content's items with the slices of each parameter joined into one item for all of it, in plain factors.
 
     Raises:
@@ -143,15 +143,21 @@ def whole(content: Content, base: Base | None) -> list[Item]:
     groups: dict[str, list[Item]] = {}
     for item in content.items:
         groups.setdefault(item.parameter, []).append(item)
-    return [_plain(group[0], base) if group[0].part is None else _join(group, base) for group in groups.values()]
+    return [_on_matrix(group[0], base) if group[0].part is None else _join(group, base) for group in groups.values()]
 
 
-def _plain(item: Item, base: Base | None) -> Item:
+def plain(item: Item) -> Item:
+    """A ``BlockLoRA`` as the ``LoRA`` that does the same; any other item as it is."""
+    if not isinstance(item.method, BlockLoRA):
+        return item
+    factors = item.method.plain(item.factors)
+    r = factors["lora_A"].shape[-2]
+    return replace(item, method=LoRA(r=r, alpha=item.method.scale * r), factors=factors)
+
+
+def _on_matrix(item: Item, base: Base | None) -> Item:
     """Stacked blocks as one pair, and a pair on a weight read flat as one on the matrix that others see."""
-    if isinstance(item.method, BlockLoRA):
-        factors = item.method.plain(item.factors)
-        r = factors["lora_A"].shape[-2]
-        item = replace(item, method=LoRA(r=r, alpha=item.method.scale * r), factors=factors)
+    item = plain(item)
     if item.layout.rows is None or not isinstance(item.method, LoRA) or item.shape is None:
         return item
     A, B = pair(item)
@@ -257,6 +263,3 @@ def trained(content: Content) -> str:
         if isinstance(item.method, LowRank)
     }
     return json.dumps(settings)
-
-
-__all__ = ["at_most_full_rank", "common_rank", "padded", "pair", "part_of", "replacements", "trained", "whole"]

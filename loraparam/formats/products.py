@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Operand:
+class Side:
     """P·Q of one side, as (out, r) and (r, in·∏k).
 
     Attributes:
@@ -33,8 +33,8 @@ class Product:
         scale_rank: what alpha is divided by; None where alpha is without effect.
     """
 
-    left: Operand
-    right: Operand
+    left: Side
+    right: Side
     kronecker: bool
     scale_rank: int | None
 
@@ -83,9 +83,9 @@ def kron(X: Tensor, Y: Tensor) -> Tensor:
     return (outer * inner).reshape([m * n for m, n in zip(X.shape, Y.shape, strict=True)])
 
 
-def whole_operand(matrix: Tensor) -> Operand:
+def whole_side(matrix: Tensor) -> Side:
     """A matrix (out, in, *k) beside the identity, on the side that makes the smaller rank."""
     flat = matrix.flatten(1)
     eye = torch.eye(min(flat.shape), dtype=matrix.dtype)
     P, Q = (eye, flat) if flat.shape[0] <= flat.shape[1] else (flat, eye)
-    return Operand(P, Q, None, tuple(matrix.shape[2:]))
+    return Side(P, Q, None, tuple(matrix.shape[2:]))

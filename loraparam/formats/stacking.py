@@ -23,7 +23,7 @@ from ..methods.lowrank import LowRank
 from .bases import Base
 from .content import Content, Item
 from .files import write_whole
-from .portable import part_of, whole
+from .portable import joined, part_of
 
 OPTIONS = ("alpha",)
 
@@ -92,7 +92,7 @@ def _stacked(group: list[Item], base: Base | None, format: str) -> Stacked:
     if blocks is not None and isinstance(method, LowRank):
         factors = {name: torch.cat([item.factors[name] for item in group], 0) for name in ("lora_A", "lora_B")}
         return Stacked(replace(first, path=first.parameter, factors=factors), method.scale * method.r, blocks)
-    item = first if first.part is None else whole(Content("", tuple(group)), base)[0]
+    item = first if first.part is None else joined(Content("", tuple(group)), base)[0]
     assert isinstance(item.method, LoRA)
     kernel = item.shape is not None and len(item.shape) > 2
     if (kernel and item.layout.rows is None) or item.method.r % k:

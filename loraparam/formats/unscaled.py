@@ -33,7 +33,7 @@ _KEY = re.compile(r"(?:(?P<path>.+)\.)?(?P<stem>[a-z]*_)?lora_(?P<side>[AB])")
 
 
 @dataclass(frozen=True)
-class Pair:
+class FilePair:
     """Two factors of a file.
 
     Attributes:
@@ -62,7 +62,7 @@ def recognised(path: Path, stems: Sequence[str]) -> bool:
 
 def parsed(
     path: Path, stems: Sequence[str], prefix: Prefix, alpha: Any, base: Base | None
-) -> tuple[Base, list[Pair], dict[str, Tensor]]:
+) -> tuple[Base, list[FilePair], dict[str, Tensor]]:
     """The base, the pairs of a file, and the biases it replaces, under the model's paths.
 
     Raises:
@@ -101,7 +101,7 @@ def parsed(
             raise FormatError(f"{source!r}: {place + '.' if place else ''}{stem}lora_{'AB'['A' in sides]} is missing")
         if any(tensor.dim() != 2 for tensor in sides.values()):
             raise FormatError(f"{source!r}: the factors {stem}lora_A and B of {place!r} are no matrices")
-    return base, [Pair(place, stem, sides["A"], sides["B"]) for (place, stem), sides in halves.items()], biases
+    return base, [FilePair(place, stem, sides["A"], sides["B"]) for (place, stem), sides in halves.items()], biases
 
 
 def _names(stems: Sequence[str]) -> list[str]:
@@ -123,7 +123,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return unpickled(path)
 
 
-def locate(pair: Pair, names: Sequence[str], base: Base, source: str) -> str:
+def locate(pair: FilePair, names: Sequence[str], base: Base, source: str) -> str:
     """The first of a module's parameters that the model has.
 
     Raises:
@@ -139,7 +139,7 @@ def locate(pair: Pair, names: Sequence[str], base: Base, source: str) -> str:
     )
 
 
-def layout_at(parameter: str, pair: Pair, base: Base, source: str, square: bool) -> Layout:
+def layout_at(parameter: str, pair: FilePair, base: Base, source: str, square: bool) -> Layout:
     """How a parameter reads such that B·A fits it; ``square``: of a square one it needs no more than the shape."""
     shape = base.shape(parameter)
     if len(shape) > 2:
@@ -159,7 +159,7 @@ def layout_at(parameter: str, pair: Pair, base: Base, source: str, square: bool)
 
 
 def items(
-    parameter: str, pair: Pair, alpha: Any, enable_lora: Any, base: Base, source: str, *, square: bool = False
+    parameter: str, pair: FilePair, alpha: Any, enable_lora: Any, base: Base, source: str, *, square: bool = False
 ) -> list[Item]:
     """What a pair is on a parameter: one item, or one for each block of a ``MergedLinear``.
 

@@ -20,14 +20,14 @@ from ..finite import all_finite
 from ..formats import write_content
 from ..formats.bases import Base
 from ..formats.content import Content, Item, difference
-from ..formats.portable import at_most_full_rank, part_of, whole
+from ..formats.portable import at_most_full_rank, joined, part_of, plain
 from ..formats.streams import check_free
 from ..methods import Full, LoRA
 from ..methods.base import is_int, is_number
 from ..methods.lowrank import LowRank
 from ..slices import overlap
 from .entrywise import dare, generator_for, ties
-from .fitting import Adapters, BaseLike, adapter_at, base_at, change, plain, weighted
+from .fitting import Adapters, BaseLike, adapter_at, base_at, change, weighted
 from .reports import Change, Changes, Progress, silent
 from .spectra import Cut, cut_svd, left_out, pair_of, product_svd
 
@@ -167,7 +167,7 @@ def _groups(contents: Sequence[tuple[float, Content]], base: Base | None) -> lis
     for parameter in dict.fromkeys(item.parameter for content in given for item in content.items):
         own = [replace(c, items=tuple(item for item in c.items if item.parameter == parameter)) for c in given]
         if _clash([item for content in own for item in content.items], base):
-            own = [replace(content, items=tuple(whole(content, base))) for content in own]
+            own = [replace(content, items=tuple(joined(content, base))) for content in own]
         paths = dict.fromkeys(item.path for content in own for item in content.items)
         found += [[part for part in _parts(own, contents) if part.item.path == path] for path in paths]
     return found

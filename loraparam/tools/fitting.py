@@ -18,7 +18,7 @@ from ..formats.bases import Base, FileBase, ModelBase
 from ..formats.content import Content, Item, difference, refuse_misfit, refuse_other_base, refuse_overlap
 from ..formats.portable import part_of, refuse_misshapen
 from ..formats.streams import DTYPES
-from ..methods import IA3, BlockLoRA, DoRA, Factors, Full, LoRA, Magnitude
+from ..methods import IA3, DoRA, Factors, Full, LoRA, Magnitude
 from ..methods.base import is_number
 from ..plans import Row
 from ..stack import AdapterFactors, Step, apply_steps
@@ -234,15 +234,6 @@ def _rows(entry: AdapterFactors, factors: Factors, start: int, length: int) -> F
         return {"diff": factors["diff"].narrow(entry.layout.out, start, length)}
     dims = _ROWS[type(entry.method)]
     return {key: f.narrow(dims[key], start, length) if key in dims else f for key, f in factors.items()}
-
-
-def plain(item: Item) -> Item:
-    """A ``BlockLoRA`` as the ``LoRA`` that does the same; any other item as it is."""
-    if not isinstance(item.method, BlockLoRA):
-        return item
-    factors = item.method.plain(item.factors)
-    r = factors["lora_A"].shape[-2]
-    return replace(item, method=LoRA(r=r, alpha=item.method.scale * r), factors=factors)
 
 
 def change(item: Item, base: Base | None) -> Tensor:

@@ -16,10 +16,11 @@ from ..errors import LoraparamError
 from ..formats import detect, known_format
 from ..formats.content import Content, Item
 from ..formats.files import write_whole
+from ..formats.portable import plain
 from ..methods import Full
 from ..methods.lowrank import LowRank
 from ..plans import table
-from .fitting import BaseLike, adapter_at, base_at, plain
+from .fitting import BaseLike, adapter_at, base_at
 from .reports import Progress, silent
 from .spectra import effective_rank, product_svd, stable_rank
 
