@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from .marks import RECORD
 
 # Modules that hold another one and stand for it: {class of torch's: the attribute}. They do not change a path, so that
 # an adapter saved from a wrapped model fits the plain one.
@@ -134,16 +137,23 @@ def parametrized(module: nn.Module) -> dict[str, parametrize.ParametrizationList
 def shown_value(module: nn.Module, name: str) -> Tensor:
     """What reading the parameter yields, with nothing drawn or updated on the way (spectral_norm's vectors)."""
     plist = parametrized(module).get(name)
-    inside = list(plist.modules()) if plist is not None else []
-    modes = [child.training for child in inside]
-    try:
-        for child in inside:
-            child.training = False
+    with at_rest([] if plist is None else [plist]):
         value: Tensor = getattr(module, name)
         return value
+
+
+@contextlib.contextmanager
+def at_rest(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside: these parametrizations are in eval mode, in which they update nothing of their own."""
+    inside = [part for module in modules for part in module.modules()]
+    modes = [part.training for part in inside]
+    try:
+        for part in inside:
+            part.training = False
+        yield
     finally:
-        for child, mode in zip(inside, modes, strict=True):
-            child.training = mode
+        for part, mode in zip(inside, modes, strict=True):
+            part.training = mode
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor | None, str]]:
@@ -166,7 +176,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor | None, str]]:
 
 def _original_order(module: nn.Module, plain: list[str], parametrized_names: list[str]) -> list[str]:
     """A module's parameter names as they ran before any of them was parametrized, as far as known."""
-    record = module.__dict__.get("_loraparam")
+    record = module.__dict__.get(RECORD)
     before = list(record.order) if record is not None else []
     known = [name for name in before if name in plain or name in parametrized_names]
     return known + [name for name in [*plain, *parametrized_names] if name not in known]

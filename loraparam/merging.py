@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from . import slices
 from .adapters import check_known, drop, entries_of, refuse_outside, release
-from .catalogue import Place, catalogue, parametrized
+from .catalogue import Place, at_rest, catalogue, parametrized
 from .errors import AttachError, LoraparamError, TargetError, nearest
 from .finite import all_finite
 from .guarded import stack_of
@@ -139,10 +139,7 @@ def _folded(
     if not before:
         merged = stack.compose(originals[0], entries).detach()
         return {"original": merged.clone() if merged.data_ptr() == originals[0].data_ptr() else merged}
-    modes = [child.training for child in before]
-    for child in before:
-        child.eval()
-    try:
+    with at_rest(before):
         merged = stack.compose(_chain(before, originals), entries).detach()
         new = _inverse(before, merged)
         # The other parametrization may not reach the merged weight: spectral_norm divides it by its norm.
@@ -153,9 +150,6 @@ def _folded(
                 "torch.nn.utils.parametrize.remove_parametrizations after lp.detach, or keep the adapters on"
             )
         return dict(zip([k for k, t in plist._parameters.items() if t is not None], new, strict=True))
-    finally:
-        for child, mode in zip(before, modes, strict=True):
-            child.train(mode)
 
 
 def _chain(modules: list[nn.Module], originals: list[Tensor]) -> Tensor:

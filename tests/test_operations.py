@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_plans import bits, randomize, two_layers, unchanged
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import loraparam as lp
 
@@ -286,6 +286,29 @@ def test_conversions_inside_a_block_are_undone(context: Any, convert: Callable[.
 
 
 # --- merging ----------------------------------------------------------------------------------------------------
+
+
+class Same(nn.Module):
+    """A parametrization with a module inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+    right_inverse = forward
+
+
+def test_merge_leaves_the_modes_of_another_parametrization() -> None:
+    model = nn.Linear(3, 4)
+    parametrize.register_parametrization(model, "weight", Same())
+    other = model.parametrizations.weight[0]
+    other.inner.eval()
+    lp.attach(model, lp.LoRA(r=1))
+    lp.merge(model)
+    assert (other.training, other.inner.training) == (True, False)
 
 
 def test_merge_folds_everything_that_acts_and_leaves_a_plain_model() -> None:

@@ -19,7 +19,8 @@ PACKAGE = "loraparam"
 # package; "" is its __init__. A module whose name is not here takes the first pattern that fits: a new method, file
 # format or command needs no change to this list.
 FLOORS = (
-    ("errors", "functional", "finite", "catalogue", "overrides", "watching"),
+    ("errors", "functional", "finite", "marks", "overrides", "watching"),
+    ("catalogue",),
     ("layouts", "fused", "fused_conv", "execution", "lists"),
     ("sharding",),
     ("refusals",),

@@ -8,6 +8,7 @@ means at least the same difference. ``shape`` is the parameter's own, for tools 
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -102,9 +103,10 @@ def _item(place: str, target: str, about: dict[str, Any], factors: Factors, file
 
 def _method(about: dict[str, Any]) -> Method:
     kind, config = about.get("method"), about.get("config")
-    if not isinstance(kind, str) or kind not in REGISTRY:
+    known = sorted(name for name, method in REGISTRY.items() if not inspect.isabstract(method))
+    if kind not in known:
         raise FormatError(
-            f"unknown method {kind!r}; known: {listed(sorted(REGISTRY), 12)}. A method of your own is known once "
+            f"unknown method {kind!r}; known: {listed(known, 12)}. A method of your own is known once "
             "the module that defines it is imported"
         )
     if not isinstance(config, dict):
