@@ -5,9 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .catalogue import Leaf, parametrized, walk
-
-# On each module: (name, which of its originals) for its own parameters that attach() froze.
-_FROZEN = "_loraparam_frozen"
+from .marks import FROZEN
 
 
 def freeze(leaves: list[Leaf], keep: set[int]) -> None:
@@ -19,7 +17,7 @@ def freeze(leaves: list[Leaf], keep: set[int]) -> None:
         if trained and id(leaf) not in keep:
             for i in trained:
                 originals[i].requires_grad_(False)
-            module.__dict__[_FROZEN] = (*module.__dict__.get(_FROZEN, ()), (name, trained))
+            module.__dict__[FROZEN] = (*module.__dict__.get(FROZEN, ()), (name, trained))
 
 
 def _originals(module: nn.Module, name: str) -> list[nn.Parameter]:
@@ -36,7 +34,7 @@ def _originals(module: nn.Module, name: str) -> list[nn.Parameter]:
 def unfreeze(model: nn.Module) -> None:
     """Undo ``freeze`` on every module of a model without adapters, in place."""
     for _, module in walk(model):
-        for name, trained in module.__dict__.pop(_FROZEN, ()):
+        for name, trained in module.__dict__.pop(FROZEN, ()):
             originals = _originals(module, name)
             for i in trained:
                 originals[i].requires_grad_(True)

@@ -20,6 +20,7 @@ from torch import nn
 
 from .catalogue import parametrized
 from .errors import AttachError
+from .marks import GUARDED
 from .reading import read
 from .sharding import is_spread
 from .stack import AdapterStack
@@ -110,8 +111,6 @@ def refuse_assignment(module: nn.Module, name: str) -> None:
 
 _classes: dict[type, type] = {}
 
-_MARK = "_loraparam_guarded"  # on the guarded classes themselves, not on what is derived from them
-
 # {method name: function} that replaces a method of guarded classes that have it; filled by managers.py.
 METHOD_GUARDS: dict[str, Any] = {}
 
@@ -132,7 +131,7 @@ def host_class(base: type) -> type:
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
-            _MARK: True,
+            GUARDED: True,
             "__reduce_ex__": _reduce_ex,
             "__setstate__": _setstate,
             "register_parameter": _register_parameter,
@@ -156,13 +155,13 @@ def ensure_property(cls: type, name: str) -> None:
 
 def plain_base(cls: type) -> type:
     """The layer's own class behind a guarded one, and behind what others have put on top of that."""
-    guarded = next((base for base in cls.__mro__ if base.__dict__.get(_MARK)), None)
+    guarded = next((base for base in cls.__mro__ if base.__dict__.get(GUARDED)), None)
     return cls if guarded is None else guarded.__bases__[0]
 
 
 def refuse_wrapped(module: nn.Module) -> None:
     """Raise where another library has wrapped the guarded class."""
-    if not type(module).__dict__.get(_MARK):
+    if not type(module).__dict__.get(GUARDED):
         raise AttachError(
             f"its module was wrapped as {type(module).__name__} by {type(module).__module__} after the adapters came "
             "on, so they cannot be taken off or folded; do it on the model as it was"

@@ -12,10 +12,9 @@ from .catalogue import parametrized, walk
 from .errors import LoraparamError
 from .guarded import GuardedMeta, ensure_property, host_class, hosts_of, refresh_rnn, refuse_wrapped, stack_in, stack_of
 from .lists import AdaptedList
+from .marks import ALIAS, RECORD
 from .sharding import refuse_fsdp
 from .stack import AdapterStack
-
-_STATE = "_loraparam"
 
 
 @dataclass
@@ -66,7 +65,7 @@ def groups(model: nn.Module) -> list[list[Site]]:
 
 
 def _is_alias(site: Site) -> bool:
-    return bool(getattr(parametrized(site.module)[site.name], "_loraparam_alias", False))
+    return bool(getattr(parametrized(site.module)[site.name], ALIAS, False))
 
 
 def refuse_sharded(group: list[Site]) -> None:
@@ -98,7 +97,7 @@ def install(module: nn.Module, name: str, stack: AdapterStack, *, alias: bool = 
         lists._modules[name] = plist
         del module._parameters[name]
     plist.train(module.training)
-    object.__setattr__(plist, "_loraparam_alias", alias)
+    object.__setattr__(plist, ALIAS, alias)
     hosts_of(stack).add(module)
 
 
@@ -106,7 +105,7 @@ def remove(module: nn.Module, name: str) -> None:
     """Take our stack off one parameter, in place; any other parametrization on it stays."""
     refuse_wrapped(module)
     plist = parametrized(module)[name]
-    plist.__dict__.pop("_loraparam_alias", None)
+    plist.__dict__.pop(ALIAS, None)
     children = list(plist._modules.values())
     index = next(i for i, child in enumerate(children) if isinstance(child, AdapterStack))
     if len(children) > 1:
@@ -131,7 +130,7 @@ def _is_torch_wrapped(module: nn.Module) -> bool:
 
 def is_guarded(module: nn.Module) -> bool:
     """Whether a module has the guarded class."""
-    return isinstance(type(module), GuardedMeta) and _STATE in module.__dict__
+    return isinstance(type(module), GuardedMeta) and RECORD in module.__dict__
 
 
 def become_host(module: nn.Module) -> None:
@@ -144,7 +143,7 @@ def become_host(module: nn.Module) -> None:
     if is_guarded(module):
         return
     previous = type(module) if _is_torch_wrapped(module) else None
-    module.__dict__[_STATE] = HostRecord(tuple(module._parameters), previous)
+    module.__dict__[RECORD] = HostRecord(tuple(module._parameters), previous)
     module.__class__ = host
 
 
@@ -157,7 +156,7 @@ def release_hosts(model: nn.Module) -> None:
 
 def cease_host(module: nn.Module) -> None:
     """Restore the order of the parameters, and the class once nothing of ours is left, in place."""
-    record: HostRecord = module.__dict__[_STATE]
+    record: HostRecord = module.__dict__[RECORD]
     rank = {name: i for i, name in enumerate(record.order)}
     ordered = sorted(module._parameters.items(), key=lambda item: rank.get(item[0], len(rank)))
     module._parameters.clear()
@@ -165,7 +164,7 @@ def cease_host(module: nn.Module) -> None:
     lists = parametrized(module)
     if any(stack_of(module, name) is not None for name in lists):
         return
-    del module.__dict__[_STATE]
+    del module.__dict__[RECORD]
     if not lists:
         module._modules.pop("parametrizations", None)
         module.__class__ = type(module).__bases__[0]

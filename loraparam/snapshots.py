@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .marks import ALIAS, FROZEN, RECORD
 from .stack import AdapterFactors, AdapterStack
 
 # Plain attributes that attaching, or what a user does with a plain model, may replace.
 _ATTRIBUTES = (
-    "_loraparam",
-    "_loraparam_frozen",
+    RECORD,
+    FROZEN,
+    ALIAS,
     "_flat_weights",
     "_flat_weight_refs",
     "training",
     "_non_persistent_buffers_set",
-    "_loraparam_alias",
     "unsafe",
 )
 _DICTS = ("_parameters", "_buffers", "_modules")

@@ -39,7 +39,7 @@ def describe(pattern: Pattern) -> str:
     """A pattern as plans and errors print it."""
     if isinstance(pattern, re.Pattern):
         return f"re.compile({pattern.pattern!r})"
-    if isinstance(pattern, (type, Callable)) and not isinstance(pattern, str):  # type: ignore[arg-type]
+    if callable(pattern):
         return getattr(pattern, "__name__", repr(pattern))
     return str(pattern)
 

@@ -16,7 +16,7 @@ from ..errors import FormatError, listed
 from ..finite import all_finite
 from ..formats import read_content
 from ..formats.bases import FileBase
-from ..formats.streams import Stored, check_free, header_of, in_place_of, refuse_same, rewrite
+from ..formats.streams import CHUNK, Stored, check_free, header_of, in_place_of, refuse_same, rewrite
 from .fitting import Adapters, PathLike, Target, by_parameter, check_bases, fit, update, weighted
 from .reports import Progress, silent
 
@@ -194,7 +194,7 @@ def _equal(one: Path, a: Stored, other: Path, b: Stored) -> bool:
         first.seek(a.start)
         second.seek(b.start)
         while left < stop:
-            size = min(1 << 22, stop - left)
+            size = min(CHUNK, stop - left)
             if first.read(size) != second.read(size):
                 return False
             left += size
