@@ -96,7 +96,8 @@ def install(module: nn.Module, name: str, stack: AdapterStack, *, alias: bool = 
     else:
         lists._modules[name] = plist
         del module._parameters[name]
-    plist.train(module.training)
+        plist.training = module.training
+    stack.train(module.training)  # alone: the modes of other parametrizations are not ours
     object.__setattr__(plist, ALIAS, alias)
     hosts_of(stack).add(module)
 

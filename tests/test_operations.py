@@ -301,13 +301,15 @@ class Same(nn.Module):
     right_inverse = forward
 
 
-def test_merge_leaves_the_modes_of_another_parametrization() -> None:
+@pytest.mark.parametrize("end", [lp.merge, lp.detach])
+def test_the_modes_of_another_parametrization_stay(end: Callable[[nn.Module], None]) -> None:
     model = nn.Linear(3, 4)
     parametrize.register_parametrization(model, "weight", Same())
     other = model.parametrizations.weight[0]
     other.inner.eval()
     lp.attach(model, lp.LoRA(r=1))
-    lp.merge(model)
+    assert (other.training, other.inner.training) == (True, False)
+    end(model)
     assert (other.training, other.inner.training) == (True, False)
 
 
