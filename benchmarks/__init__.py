@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m benchmarks.execution`` from the repository's root. README.md says what they measure."""
+"""Benchmarks: ``python -m benchmarks`` from the repository's root. README.md says what they measure."""

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from .case import Case
 from .cases import cases
 from .measures import Pace, temporaries
+from .options import positive
 from .overhead import overhead
 from .report import environment, load, markdown
 from .steps import train
@@ -63,21 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     names = [*(case.name for case in cases(tiny=False)), TEMPORARIES, OVERHEAD]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.execution", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"what to measure, * allowed, of: {', '.join(names)}")
-    parser.add_argument("--steps", type=_positive, default=21, help="rounds of steps (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=21, help="rounds of steps (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="small models: a check that it runs, not a measurement")
-    parser.add_argument("--threads", type=_positive, help="torch's threads (default: torch's choice)")
+    parser.add_argument("--threads", type=positive, help="torch's threads (default: torch's choice)")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count CPU seconds: for a busy machine, with --threads 1"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to a file as well")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}; allowed: 1 or more")
-    return number
 
 
 def _wanted(name: str, only: list[str] | None) -> bool:

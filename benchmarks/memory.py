@@ -22,7 +22,7 @@ from torch import nn
 from .case import Case
 from .cases import Sizes, suite
 from .measures import step
-from .peers import LIBRARIES, OURS, Library, PeerError, stir
+from .peers import LIBRARIES, LORA, OURS, Library, PeerError, stir
 from .steps import saved_limit
 from .variants import FLOOR, FULL, Variant, adapted, frozen_base, missing, plain
 
@@ -80,7 +80,7 @@ def measure(case: Case, name: str) -> dict[str, Any]:
     x = case.x()
     result: dict[str, Any] = {}
     if name == FLOOR:
-        adapters = OURS.attach(frozen_base(case), case, "LoRA").parameters()
+        adapters = OURS.attach(frozen_base(case), case, LORA).parameters()
         trained = sum(p.nbytes for p in adapters if p.requires_grad)
         # The base, the factors and their gradients, and what a step cannot but save.
         result["limit"] = sum(p.nbytes for p in base.parameters()) + 2 * trained + saved_limit(case, base, x)

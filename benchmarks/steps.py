@@ -17,7 +17,7 @@ import loraparam as lp
 
 from .case import Case
 from .measures import Pace, forget_gradients, interleaved, ratio, saved_bytes, step, times
-from .peers import LORA, OURS, Library, PeerError, by_target
+from .peers import DORA, LORA, OURS, Library, PeerError, by_target
 from .variants import FLOOR, FULL, LORA_DENSE, MERGED_AWAY, Comparison, Variant, compare, copied, limits
 
 TOLERANCE = 1e-3  # in float32, after all layers
@@ -64,7 +64,7 @@ def pairs(names: Iterable[str]) -> dict[str, str]:
     """{a peer's variant: ours of the same method}, such as "PEFT LoRA" and "LoRA"."""
     names = list(names)
     kinds = {name: name.rpartition(" ")[2] for name in names if " " in name}
-    own = {LORA: LORA, "DoRA": "DoRA", MERGED: f"{OURS.name} {MERGED}"}
+    own = {LORA: LORA, DORA: DORA, MERGED: f"{OURS.name} {MERGED}"}
     found = {name: own[kind] for name, kind in kinds.items() if kind in own}
     return {name: ours for name, ours in found.items() if ours in names and name != ours and name != LORA_DENSE}
 
@@ -123,10 +123,10 @@ def infer(found: Comparison, libraries: Iterable[Library], pace: Pace) -> dict[s
     factors = by_target(found.variants[LORA].model)
     for library in libraries:
         _add_merged(shown, library, factors)
-    for name, variant in list(shown.variants.items()):
+        if library.merges_in_eval:
+            shown.variants.pop(library.variant(LORA), None)
+    for variant in shown.variants.values():
         variant.model.eval()
-        if name == "LoRA-Torch LoRA":  # in evaluation mode it is merged
-            del shown.variants[name]
     x = case.x().detach()
     forwards = {name: partial(_forward, case, variant, x) for name, variant in shown.variants.items()}
     far = _agreement(shown, lambda variant: [_forward(case, variant, x)], shown.differs)

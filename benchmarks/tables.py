@@ -7,13 +7,12 @@ from typing import Any
 
 from .handling import ACTIONS, BARE
 from .options import GROWTH, HANDLING, KERNELS, MEMORY, PRECISION, STEPS
-from .peers import DORA, LORA, MAGNITUDE, OURS, PEERS
+from .peers import DORA, LIBRARIES, LORA, MAGNITUDE, OURS, PEERS
 from .report import ABSENT, heading, shown_limit, table
 from .steps import MERGED
 from .variants import FLOOR, FULL
 
 Row = dict[str, Any]
-LIBRARIES = (OURS, *PEERS)
 
 
 def markdown(result: Row) -> str:

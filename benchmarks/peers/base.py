@@ -34,12 +34,14 @@ class Library:
         package: what has to be importable.
         methods: those of METHODS that it has.
         writes_base: whether it writes into the base weights, so that it needs its own copy of them.
+        merges_in_eval: whether it has no forward in evaluation mode with its adapters beside the weights.
     """
 
     name = ""
     package = ""
     methods: tuple[str, ...] = (LORA,)
     writes_base = False
+    merges_in_eval = False
 
     def module(self) -> ModuleType:
         """The package.
@@ -102,6 +104,35 @@ class Library:
     def unmerge(self, model: nn.Module) -> None:
         """Take it out again."""
         raise PeerError("does not take a merged adapter out again")
+
+
+class StateDicts(Library):
+    """A library whose adapters are kept, and switched, as state dicts of the whole model."""
+
+    FILE = "adapter.pt"
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The adapter's tensors, by their keys in the model."""
+        state: dict[str, Tensor] = self.module().lora_state_dict(model)
+        return state
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """``torch.save`` of the state."""
+        torch.save(self.state(model), folder / self.FILE)
+
+    def load(self, model: nn.Module, case: Case, folder: Path) -> nn.Module:
+        """New adapters, then ``load_state_dict``."""
+        model = self.wrap(model, case)
+        model.load_state_dict(torch.load(folder / self.FILE), strict=False)
+        return model
+
+    def add(self, model: nn.Module, case: Case) -> None:
+        """A second state; loading one or the other is all there is."""
+        model.__dict__["benchmark_states"] = [{k: v.clone() for k, v in self.state(model).items()} for _ in range(2)]
+
+    def switch(self, model: nn.Module, second: bool) -> None:
+        """``load_state_dict``."""
+        model.load_state_dict(model.__dict__["benchmark_states"][second], strict=False)
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..case import Case
-from .base import Factors, Library, PeerError, copy_into, places, replace
-
-FILE = "adapter.pt"
+from .base import Factors, PeerError, StateDicts, copy_into, places, replace
 
 
-class Loralib(Library):
+class Loralib(StateDicts):
     """microsoft/LoRA."""
 
     name = "loralib"
@@ -46,25 +42,6 @@ class Loralib(Library):
     def wrap(self, model: nn.Module, case: Case) -> nn.Module:
         """Layers that merge at ``eval()``."""
         return self._replaced(model, case, merge_weights=True)
-
-    def save(self, model: nn.Module, folder: Path) -> None:
-        """``torch.save`` of ``lora_state_dict``."""
-        torch.save(self.module().lora_state_dict(model), folder / FILE)
-
-    def load(self, model: nn.Module, case: Case, folder: Path) -> nn.Module:
-        """New layers, then ``load_state_dict``."""
-        model = self.wrap(model, case)
-        model.load_state_dict(torch.load(folder / FILE), strict=False)
-        return model
-
-    def add(self, model: nn.Module, case: Case) -> None:
-        """A second state dict; loading one or the other is all there is."""
-        states = [{k: v.clone() for k, v in self.module().lora_state_dict(model).items()} for _ in range(2)]
-        model.__dict__["benchmark_states"] = states
-
-    def switch(self, model: nn.Module, second: bool) -> None:
-        """``load_state_dict``."""
-        model.load_state_dict(model.__dict__["benchmark_states"][second], strict=False)
 
     def merge(self, model: nn.Module) -> None:
         """``eval()``, for layers with ``merge_weights``."""

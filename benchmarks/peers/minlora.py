@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..case import Case
-from .base import Factors, Library, PeerError, copy_into, places
-
-FILE = "adapter.pt"
+from .base import Factors, PeerError, StateDicts, copy_into, places
 
 
-class MinLoRA(Library):
+class MinLoRA(StateDicts):
     """cccntu/minLoRA, which is on no package index; it runs if it can be imported."""
 
     name = "minLoRA"
@@ -48,20 +45,14 @@ class MinLoRA(Library):
                 own = {"lora_A": own["lora_B"].mT, "lora_B": own["lora_A"].mT}
             copy_into((getattr(made, name), own[name]) for name in ("lora_A", "lora_B"))
 
-    def save(self, model: nn.Module, folder: Path) -> None:
-        """``torch.save`` of ``get_lora_state_dict``."""
-        torch.save(self.module().get_lora_state_dict(model), folder / FILE)
-
-    def load(self, model: nn.Module, case: Case, folder: Path) -> nn.Module:
-        """New parametrizations, then ``load_state_dict``."""
-        model = self.wrap(model, case)
-        model.load_state_dict(torch.load(folder / FILE), strict=False)
-        return model
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """``get_lora_state_dict``."""
+        state: dict[str, Tensor] = self.module().get_lora_state_dict(model)
+        return state
 
     def add(self, model: nn.Module, case: Case) -> None:
         """``load_multiple_lora``."""
-        lib = self.module()
-        lib.load_multiple_lora(model, [lib.get_lora_state_dict(model)] * 2)
+        self.module().load_multiple_lora(model, [self.state(model)] * 2)
 
     def switch(self, model: nn.Module, second: bool) -> None:
         """``select_lora``."""

@@ -10,7 +10,7 @@ from torch import nn
 import loraparam as lp
 
 from ..case import Case
-from .base import METHODS, Factors, Library, copy_into
+from .base import MAGNITUDE, METHODS, Factors, Library, copy_into
 
 FILE = "adapter.safetensors"
 
@@ -30,7 +30,7 @@ class Ours(Library):
         """``lp.attach``, once for each adapter of a stack."""
         make = METHODS[method]
         for i in range(case.stacked):
-            adapter = make() if method == "Magnitude" else make(r=case.r)  # type: ignore[call-arg]
+            adapter = make() if method == MAGNITUDE else make(r=case.r)  # type: ignore[call-arg]
             lp.attach(model, adapter, case.targets, name=f"adapter{i}")
         return model
 
