@@ -115,5 +115,6 @@ METHODS = {
     "dora": lp.DoRA(r=2, init="gaussian"),
     "dora of inputs": lp.DoRA(r=2, axis="in", detach_norm=False),
     "magnitude": lp.Magnitude(),
+    "ia3 of inputs": lp.IA3(axis="in"),
     "full": lp.Full(),
 }

@@ -120,6 +120,16 @@ def test_check_method_accepts(method: lp.Method) -> None:
     check_method(method, max_examples=5)
 
 
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("method", [lp.LoRA(r=2), lp.DoRA(r=2), lp.Magnitude(), lp.IA3()], ids=repr)
+def test_dims_say_what_each_factor_runs_along(method: lp.Method, axis: str) -> None:
+    """Where a weight is in parts, these factors are in parts alike; one that is not named is whole on each process."""
+    method = dataclasses.replace(method, axis=axis) if hasattr(method, "axis") else method
+    factors, sizes = method.init(torch.randn(5, 7), lp.Layout()), {"out": 5, "in": 7, "": 2}
+    found = {name: tuple(sizes[side] for side in sides) for name, sides in method.dims().items()}
+    assert found == {name: tuple(factor.shape) for name, factor in factors.items()}
+
+
 @pytest.mark.parametrize("method", [lp.DoRA(r=1, detach_norm=False), lp.Magnitude()], ids=lambda m: type(m).__name__)
 @pytest.mark.parametrize("kind", ["factored", "merged"])
 def test_a_zero_row_poisons_no_gradient(method: lp.Method, kind: str) -> None:

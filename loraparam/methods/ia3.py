@@ -52,6 +52,10 @@ class IA3(Method):
         """l·W."""
         return layout.tensor(ia3(layout.matrix(weight), factors["scale"], axis=self.axis), weight.shape)
 
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        """One number per output or input."""
+        return {"scale": (self.axis,)}
+
     def factored(self, form: Form, factors: Factors) -> Form | None:
         """Rows (or columns) scaled."""
         scale = factors["scale"]
