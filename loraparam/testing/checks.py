@@ -114,7 +114,7 @@ def check_layer(
     Raises:
         AssertionError: naming the law that is broken, the method, the dtype and the mode.
         LoraparamError: what the laws say nothing about: the plain layer cannot be built or run, or not twice alike;
-            or there is no law of a name in ``only``.
+            or none of the methods fits it; or there is no law of a name in ``only``.
     """
     if isinstance(make_layer, nn.Module):
         name = type(make_layer).__name__
@@ -129,7 +129,8 @@ def check_layer(
         for dtype in dtypes:
             for training in (True, False):
                 _run(chosen, replace(subject, dtype=dtype, training=training))
-    assert checked, "none of the methods fits a parameter of this layer"
+    if not checked:
+        raise LoraparamError("none of the methods fits a parameter of this layer; give methods= that do, as lp.Full()")
 
 
 def check_model(
