@@ -92,7 +92,6 @@ def install(module: nn.Module, name: str, stack: AdapterStack, *, alias: bool = 
         ensure_property(type(module), parameter)
     if name in lists._modules:
         plist.append(stack)
-        plist.unsafe = True
     else:
         lists._modules[name] = plist
         del module._parameters[name]

@@ -311,6 +311,7 @@ def test_the_modes_of_another_parametrization_stay(end: Callable[[nn.Module], No
     assert (other.training, other.inner.training) == (True, False)
     end(model)
     assert (other.training, other.inner.training) == (True, False)
+    assert model.parametrizations.weight.unsafe is False
 
 
 def test_merge_folds_everything_that_acts_and_leaves_a_plain_model() -> None:
