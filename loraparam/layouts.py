@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -43,13 +44,16 @@ class Layout:
     rows: int | None = None
 
     def __post_init__(self) -> None:
-        dims = (self.out, *self.batch)
         # Values come from files too, where anything may stand.
-        valid = all(type(dim) is int and 0 <= dim < _MOST_DIMS for dim in dims)
+        batch: Any = self.batch
+        dims = (self.out, *batch) if isinstance(batch, (tuple, list)) else ()
+        valid = dims and all(type(dim) is int and 0 <= dim < _MOST_DIMS for dim in dims)
         if not valid or len(set(dims)) != len(dims):
             raise TargetError(
-                f"Layout(out={self.out!r}, batch={self.batch!r}); allowed: distinct integers in 0..{_MOST_DIMS - 1}"
+                f"Layout(out={self.out!r}, batch={self.batch!r}); allowed: distinct integers in 0..{_MOST_DIMS - 1}, "
+                "those of batch in a tuple"
             )
+        object.__setattr__(self, "batch", tuple(batch))  # which has a hash
         if self.rows is not None:
             if type(self.rows) is not int or self.rows < 1:
                 raise TargetError(f"Layout(rows={self.rows!r}); allowed: an integer above 0, or None")

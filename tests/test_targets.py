@@ -298,6 +298,15 @@ def test_slices_mean_these_elements(make: Callable[[], nn.Module], target: str, 
         torch.testing.assert_close(lp.effective_weight(model, path), value, rtol=0, atol=0)
 
 
+def test_the_batch_dims_of_a_layout_are_a_tuple() -> None:
+    given: Any = [0]
+    assert lp.Layout(out=1, batch=given) == lp.Layout(out=1, batch=(0,))
+    lp.plan(nn.ParameterDict({"w": torch.randn(2, 3, 4)}), lp.LoRA(r=1), "w", layout=lp.Layout(out=1, batch=given))
+    given = 0
+    with pytest.raises(lp.TargetError, match=r"Layout\(out=1, batch=0\); allowed: .* in a tuple"):
+        lp.Layout(out=1, batch=given)
+
+
 @pytest.mark.parametrize(
     ("shape", "layout", "target"),
     [
