@@ -63,10 +63,10 @@ def from_layer(module: nn.Module, *, name: str = "default") -> nn.Linear:
     if (tuple(A.shape), tuple(B.shape)) != ((in_, r), (r, out)):
         raise AttachError(f"{type(module).__name__}: A {tuple(A.shape)}, B {tuple(B.shape)}; {_SHAPE}")
     m: Any = getattr(module, "m", None)
-    if isinstance(m, Tensor) and m.numel() != in_:
+    if m is not None and not (isinstance(m, Tensor) and m.numel() == in_):
         raise _other(module)
     factors = {"weight.lora_A": A.detach().t(), "weight.lora_B": B.detach().t().clone()}
-    if isinstance(m, Tensor):
+    if m is not None:
         factors["weight.magnitude"] = m.detach().flatten()
     x, tried, expected = _sample(module, linear, B)
     # The tutorials' alpha is s itself; in some it is divided by the rank.

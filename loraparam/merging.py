@@ -251,7 +251,7 @@ def effective_weight(model: nn.Module, path: str) -> Tensor:
         path: a parameter's path, with or without a slice: ``encoder.in_proj_weight[q]``.
 
     Raises:
-        TargetError: no such parameter.
+        TargetError: no such parameter, or slice of it.
 
     Example:
         >>> import loraparam as lp
@@ -260,6 +260,7 @@ def effective_weight(model: nn.Module, path: str) -> Tensor:
         >>> torch.equal(lp.effective_weight(model, "weight"), model.weight)
         True
     """
+    check_known(model, None)
     name, items = slices.split_pattern(path)
     known = catalogue(model)
     if name not in known.leaves:

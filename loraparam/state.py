@@ -61,11 +61,14 @@ def load_state_dict(
             floating-point, or is not finite. Nothing has been copied then.
     """
     own = state_dict(model, name)
+    given: object = state
+    if not isinstance(given, Mapping):
+        raise StateError(f"state is a {type(given).__name__}; allowed: a mapping of keys to tensors, as lp.state_dict")
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     if strict and (missing or unexpected):
         parts = [f"missing {listed(missing)}"] * bool(missing) + [f"unexpected {listed(unexpected)}"] * bool(unexpected)
-        hint = nearest(unexpected[0], own) if unexpected else ""
+        hint = nearest(str(unexpected[0]), own) if unexpected else ""
         raise StateError(f"adapter {name!r}: {'; '.join(parts)}{hint}; strict=False loads what fits")
     matching = {key: state[key] for key in own if key in state}
     for key, tensor in matching.items():

@@ -97,10 +97,10 @@ def summary(model: nn.Module) -> str:
         default: LoRA 20
         trainable 20 of 50 parameters (40.00 %)
     """
-    parameters = {id(p): p for p in model.parameters()}.values()
-    trainable, total = (sum(p.numel() for p in parameters if p.requires_grad or all_) for all_ in (False, True))
     lines = [["adapter", "target", "method", "shape", "factors", "strength"]]
     counts: dict[str, dict[str, int]] = {name: {} for name in adapters(model)}
+    parameters = {id(p): p for p in model.parameters()}.values()
+    trainable, total = (sum(p.numel() for p in parameters if p.requires_grad or all_) for all_ in (False, True))
     for path, entry in entries_of(model):
         count, kind = sum(t.numel() for t in entry.factors().values()), type(entry.method).__name__
         counts[entry.adapter][kind] = counts[entry.adapter].get(kind, 0) + count

@@ -142,9 +142,15 @@ def test_an_adapter_name_either_works_with_torch_or_is_refused(name: str) -> Non
 
 
 def test_a_model_that_is_none() -> None:
-    for call in (lp.plan, lp.attach):
+    given: Any = {}
+    for call in (
+        lambda: lp.plan(given, LORA),
+        lambda: lp.attach(given, LORA),
+        lambda: lp.effective_weight(given, "weight"),
+        lambda: lp.summary(given),
+    ):
         with pytest.raises(lp.AttachError, match=r"model is a dict; allowed: a torch\.nn\.Module"):
-            call({}, LORA)  # type: ignore[operator]
+            call()
 
 
 # --- parameters that cannot be adapted --------------------------------------------------------------------------

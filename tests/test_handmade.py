@@ -163,6 +163,10 @@ def test_what_is_no_such_layer() -> None:
     layer.lora.A = nn.Parameter(layer.lora.A.detach().T)
     with pytest.raises(lp.AttachError, match=r"LinearWithLoRA: A \(2, 5\), B \(2, 4\); allowed"):
         lp.from_layer(layer)
+    layer = made(LinearWithLoRA)
+    layer.m = 1.0
+    with pytest.raises(lp.AttachError, match="LinearWithLoRA does not compute what its attributes say"):
+        lp.from_layer(layer)
     with pytest.raises(lp.AttachError, match="WithEverything does not compute what its attributes say"):
         lp.from_layer(made(WithEverything))
     with pytest.raises(lp.AttachError, match="no function of a weight"):

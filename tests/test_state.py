@@ -104,6 +104,16 @@ def test_strict_names_what_is_missing_and_unexpected_and_loads_nothing() -> None
     assert values(now) == {key: bits(state[key]) for key in now}
 
 
+@pytest.mark.parametrize(
+    ("state", "match"),
+    [(None, "state is a NoneType; allowed: a mapping"), ([1], "state is a list; allowed"), ({1: 2}, "unexpected 1;")],
+)
+def test_a_state_that_is_none(state: Any, match: str) -> None:
+    model = adapted()
+    with unchanged(model), pytest.raises(lp.StateError, match=match):
+        lp.load_state_dict(model, state)
+
+
 LAST = "1.weight.magnitude"  # so that the tensors before it are fine
 
 

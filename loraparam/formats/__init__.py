@@ -178,10 +178,14 @@ def _check_keywords(
             raise FormatError(f"unknown {kind} {key!r} for {format}; allowed: {listed(allowed)}{nearest(key, allowed)}")
 
 
+def _known() -> str:
+    return listed(FORMATS, len(FORMATS))
+
+
 def known_format(format: str) -> Any:
     """The module of a format, by name."""
     if format not in FORMATS:
-        raise FormatError(f"unknown format {format!r}; allowed: {listed(FORMATS)}{nearest(str(format), FORMATS)}")
+        raise FormatError(f"unknown format {format!r}; allowed: {_known()}{nearest(str(format), FORMATS)}")
     return FORMATS[format]
 
 
@@ -197,4 +201,4 @@ def detect(path: Path) -> Any:
     for reader in FORMATS.values():
         if reader.recognises(path):
             return reader
-    raise FormatError(f"{str(path)!r} is in no known format; known: {listed(FORMATS)}")
+    raise FormatError(f"{str(path)!r} is in no known format; known: {_known()}")
