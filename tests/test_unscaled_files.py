@@ -149,6 +149,41 @@ def test_drop_in_models_save_what_lora_state_dict_gives(library: Any, tmp_path: 
         assert_close(state[key], tensor, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("format", ["loralib", "loratorch"])
+@pytest.mark.parametrize("name", ["adapter", "adapter.bin", "adapter.safetensors"])
+def test_what_is_saved_under_any_name_is_read(format: str, name: str, tmp_path: Path) -> None:
+    model, other = (nn.Sequential(nn.Linear(4, 6)) for _ in range(2))
+    lp.attach(model, lp.LoRA(r=2, alpha=3))
+    shake(model)
+    lp.save(model, tmp_path / name, format=format)
+    lp.load(other, tmp_path / name, format=format, alpha=3)
+    for key, factor in lp.state_dict(model).items():
+        assert_close(lp.state_dict(other)[key], factor, rtol=0, atol=0)
+
+
+SLICED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
+    "projections": (lambda: nn.MultiheadAttention(4, 2), "in_proj_weight[q,v]", "loratorch"),
+    "rows": (lambda: nn.Linear(4, 6), "weight[1:3,4:6]", "loralib"),
+}
+
+
+@pytest.mark.parametrize("case", SLICED)
+def test_slices_in_one_pair_say_which_alpha_they_need(case: str, tmp_path: Path) -> None:
+    """A file holds none, and who reads it would give that of the training."""
+    make, targets, format = SLICED[case]
+    model = make()
+    (path,) = {row.path.partition("[")[0] for row in lp.attach(model, lp.LoRA(r=1, alpha=3), targets)}
+    shake(model)
+    delta = lp.effective_weight(model, path) - lp.base_state_dict(model)[path]
+    with pytest.warns(UserWarning, match=rf"'{path}': .* read with alpha=2, where it was trained with 3; give alpha="):
+        lp.save(model, tmp_path / "told.pt", format=format)
+    lp.save(model, tmp_path / "chosen.pt", format=format, alpha=3)
+    for file, alpha in (("told.pt", 2), ("chosen.pt", 3)):
+        other = make()
+        lp.load(other, tmp_path / file, format=format, alpha=alpha)
+        assert_close(lp.effective_weight(other, path) - lp.base_state_dict(other)[path], delta, rtol=1e-5, atol=1e-6)
+
+
 # --- LoRA-Torch's attention ---------------------------------------------------------------------------------------
 
 

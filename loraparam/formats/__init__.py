@@ -67,7 +67,8 @@ def save(
             "loralib" or "loratorch", what their ``lora_state_dict`` gives, as ``torch.save`` writes it, or as
             safetensors where the name ends so.
         options: what the format's writer takes (its module's ``write``): loralib's and LoRA-Torch's ``alpha``, the one
-            to rescale B to where targets were trained with several; kohya's ``flavor`` and ``prefix``.
+            to rescale B to where targets need several, or another than they were trained with; kohya's ``flavor`` and
+            ``prefix``.
 
     Raises:
         AttachError: there is no adapter of this name.

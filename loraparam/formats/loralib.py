@@ -15,7 +15,7 @@ from ..errors import FormatError
 from .bases import Base
 from .content import Content, Prefix
 from .stacking import OPTIONS as OPTIONS
-from .stacking import Stacked, tensors_to_write, write_state, written
+from .stacking import Stacked, tensors_to_write, warn_of_alpha, write_state, written
 from .unscaled import HINTS as HINTS
 from .unscaled import items, locate, parsed, recognised
 
@@ -44,6 +44,7 @@ def read(
 def write(path: Path, content: Content, base: Base | None, *, alpha: float | None = None) -> None:
     """Write one adapter, B as it was trained."""
     stacked, biases = written(content, base, NAME)
+    warn_of_alpha(stacked, alpha, NAME)
     entries: dict[str, tuple[Tensor, Tensor, float]] = {}
     for one in stacked:
         A, B = one.item.factors["lora_A"], one.item.factors["lora_B"]

@@ -19,7 +19,7 @@ from ..methods import BlockLoRA
 from .bases import Base
 from .content import Content, Item, Prefix
 from .stacking import OPTIONS as OPTIONS
-from .stacking import Stacked, tensors_to_write, write_state, written
+from .stacking import Stacked, tensors_to_write, warn_of_alpha, write_state, written
 from .unscaled import HINTS as HINTS
 from .unscaled import items, locate, parsed, recognised
 
@@ -75,6 +75,7 @@ def _restricted(item: Item, stem: str) -> Item:
 def write(path: Path, content: Content, base: Base | None, *, alpha: float | None = None) -> None:
     """Write one adapter, B as it was trained."""
     stacked, biases = written(content, base, NAME)
+    warn_of_alpha(stacked, alpha, NAME)
     entries: dict[str, tuple[Tensor, Tensor, float]] = {}
     for one in stacked:
         A, B = one.item.factors["lora_A"], one.item.factors["lora_B"]

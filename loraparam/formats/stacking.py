@@ -6,8 +6,10 @@ The factors go as they were trained, so each needs its own lora_alpha at the rea
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +37,25 @@ class Stacked:
     Attributes:
         item: the whole parameter; its factors are the file's.
         alpha: the lora_alpha that these factors need.
+        trained: the lora_alpha of the training.
         blocks: which of the equal blocks of rows act.
     """
 
     item: Item
     alpha: float
+    trained: float
     blocks: tuple[bool, ...] = (True,)
+
+
+def warn_of_alpha(stacked: Iterable[Stacked], alpha: Any, format: str) -> None:
+    """Say so where a reader has to give another alpha than that of the training, as for slices joined into one pair."""
+    other = next((one for one in stacked if not math.isclose(one.alpha, one.trained)), None)
+    if alpha is None and other is not None:
+        warnings.warn(
+            f"{other.item.parameter!r}: files of {format} hold no alpha, and this one is right when it is read with "
+            f"alpha={other.alpha:g}, where it was trained with {other.trained:g}; give alpha= to choose another",
+            stacklevel=2,
+        )
 
 
 def written(content: Content, base: Base | None, format: str) -> tuple[list[Stacked], dict[str, Tensor]]:
@@ -83,15 +98,18 @@ def _stacked(group: list[Item], base: Base | None, format: str) -> Stacked:
     k = first.shape[-1] if first.layout.rows is not None and first.shape is not None else 1
     linear = first.parameter.rpartition(".")[2] == "weight"
     method = first.method
+    assert isinstance(method, LowRank)
+    trained = (method.r if method.alpha is None else method.alpha) / k
     if isinstance(method, BlockLoRA) and first.part is None:
         if linear and not method.shared:
-            return Stacked(first, method.scale * method.r / k, method.blocks)
+            return Stacked(first, method.scale * method.r / k, trained, method.blocks)
         factors = method.plain(first.factors)
-        return Stacked(replace(first, factors=factors), method.scale * factors["lora_A"].shape[0], method.blocks)
+        alpha = method.scale * factors["lora_A"].shape[0]
+        return Stacked(replace(first, factors=factors), alpha, trained, method.blocks)
     blocks = _equal_blocks(group, base) if linear else None
-    if blocks is not None and isinstance(method, LowRank):
+    if blocks is not None:
         factors = {name: torch.cat([item.factors[name] for item in group], 0) for name in ("lora_A", "lora_B")}
-        return Stacked(replace(first, path=first.parameter, factors=factors), method.scale * method.r, blocks)
+        return Stacked(replace(first, path=first.parameter, factors=factors), method.scale * method.r, trained, blocks)
     item = first if first.part is None else joined(Content("", tuple(group)), base)[0]
     assert isinstance(item.method, LoRA)
     kernel = item.shape is not None and len(item.shape) > 2
@@ -100,7 +118,7 @@ def _stacked(group: list[Item], base: Base | None, format: str) -> Stacked:
             f"{item.path!r}: {format} has a kernel's factors in another form; attach with layout=lp.Layout(rows=out // "
             "groups * k), or rows=out // groups for Conv1d, and a rank that k divides"
         )
-    return Stacked(item, item.method.scale * item.method.r / k)
+    return Stacked(item, item.method.scale * item.method.r / k, trained)
 
 
 def _equal_blocks(group: list[Item], base: Base | None) -> tuple[bool, ...] | None:

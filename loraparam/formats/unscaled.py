@@ -117,10 +117,16 @@ def _bias(place: str, leaf: str, base: Base) -> str:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     """A file's tensors, with no code of the file's executed."""
-    if path.suffix not in PICKLES:
-        with open_safetensors(path):
-            return load_file(path)
-    return unpickled(path)
+    # By its first bytes, too: ``write`` has no name of its own for what ``torch.save`` makes.
+    if path.suffix in PICKLES or (path.is_file() and _first_bytes(path, 4) == b"PK\3\4"):
+        return unpickled(path)
+    with open_safetensors(path):
+        return load_file(path)
+
+
+def _first_bytes(path: Path, count: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(count)
 
 
 def locate(pair: FilePair, names: Sequence[str], base: Base, source: str) -> str:
