@@ -13,19 +13,19 @@ def freeze(leaves: list[Leaf], keep: set[int]) -> None:
     for leaf in leaves:
         module, name = leaf.places[0].module, leaf.places[0].name
         originals = _originals(module, name)
-        trained = [i for i, tensor in enumerate(originals) if tensor.requires_grad]
-        if trained and id(leaf) not in keep:
-            for i in trained:
-                originals[i].requires_grad_(False)
-            module.__dict__[FROZEN] = (*module.__dict__.get(FROZEN, ()), (name, trained))
+        flags = [tensor.requires_grad for tensor in originals]
+        if any(flags) and id(leaf) not in keep:
+            for tensor in originals:
+                tensor.requires_grad_(False)
+            module.__dict__[FROZEN] = (*module.__dict__.get(FROZEN, ()), (name, flags))
 
 
 def _originals(module: nn.Module, name: str) -> list[nn.Parameter]:
-    """The parameter of this name, or those from which a parametrization computes it."""
+    """The parameter of this name, or those from which a parametrization, or pruning, computes it."""
     plist = parametrized(module).get(name)
     if plist is None:
         # Not .get(): a script module's container has none.
-        found = [module._parameters[name]] if name in module._parameters else []
+        found = [module._parameters[key] for key in (name, f"{name}_orig") if key in module._parameters]
     else:
         found = list(plist._parameters.values())
     return [tensor for tensor in found if tensor is not None]
@@ -34,7 +34,10 @@ def _originals(module: nn.Module, name: str) -> list[nn.Parameter]:
 def unfreeze(model: nn.Module) -> None:
     """Undo ``freeze`` on every module of a model without adapters, in place."""
     for _, module in walk(model):
-        for name, trained in module.__dict__.pop(FROZEN, ()):
+        for name, flags in module.__dict__.pop(FROZEN, ()):
             originals = _originals(module, name)
-            for i in trained:
-                originals[i].requires_grad_(True)
+            if len(originals) != len(flags):  # parametrized, or taken away, since
+                flags = [True] * len(originals)
+            for tensor, flag in zip(originals, flags, strict=True):
+                if flag:
+                    tensor.requires_grad_(True)

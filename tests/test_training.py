@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from test_plans import bits, randomize, two_layers, unchanged
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 import loraparam as lp
 
@@ -192,6 +194,30 @@ def test_what_the_user_had_frozen_stays_frozen(end: Callable[[nn.Module], None])
     lp.attach(model, lp.LoRA(r=1), name="second")
     end(model)
     assert trainable(model) == {"1.weight", "1.bias"}
+
+
+def without_bias(layer: nn.Linear) -> None:
+    layer.bias = None
+
+
+@pytest.mark.parametrize("end", [lp.detach, lp.merge])
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        (without_bias, {"1.weight"}),
+        (lambda layer: prune.l1_unstructured(layer, "bias", 0.5), {"1.weight", "1.bias_orig"}),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), {"1.bias", "1.weight_orig"}),
+        (weight_norm, {"1.bias", "1.parametrizations.weight.original0", "1.parametrizations.weight.original1"}),
+    ],
+)
+def test_a_frozen_layer_that_is_changed_after_attach_gets_its_flags_back(
+    change: Callable[[nn.Module], Any], left: set[str], end: Callable[[nn.Module], None]
+) -> None:
+    model = two_layers()
+    lp.attach(model, lp.LoRA(r=1), "0")
+    change(model[1])
+    end(model)
+    assert trainable(model) == {"0.weight", "0.bias"} | left
 
 
 def test_inside_detached_and_merged_the_flags_are_the_original_ones() -> None:
