@@ -270,6 +270,7 @@ def test_a_target_of_one_adapter_alone_stays_as_it_is(tmp_path: Path) -> None:
         ({"how": "linear", "error": 0.5}, "how='linear' keeps all of the sum"),
         ({"how": "ties", "density": 0.0}, "density=0.0; allowed: 0 < density <= 1"),
         ({"how": "ties", "density": math.nan}, "density=nan; allowed"),
+        ({"density": 0.2}, "density=0.2 is for how='ties' and 'dare'; how='cat' keeps all entries"),
         ({"how": "dare", "seed": -1}, "seed=-1; allowed: an integer from 0"),
         ({"how": "svd", "rank": 1, "energy": 0.5}, "exactly one of"),
         ({"weights": [math.inf, 1]}, "weight inf; allowed: a finite number"),

@@ -35,10 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="the adapter to write")
     parser.add_argument("--how", default="cat", choices=HOW, help="see above (default: %(default)s)")
     add_cut(parser, required=False)
-    parser.add_argument(
-        "--density", type=float, default=0.5, help="share of entries kept by ties and dare (%(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of dare (%(default)s)")
+    parser.add_argument("--density", type=float, help="share of entries kept by ties and dare (default: 0.5)")
+    parser.add_argument("--seed", type=int, default=0, help="of dare (default: %(default)s)")
     parser.add_argument("--base", type=Path, help="the checkpoint they are for; a DoRA needs it")
     add_writing(parser)
     add_reading(parser)

@@ -70,7 +70,7 @@ def combine(
     rank: int | None = None,
     energy: float | None = None,
     error: float | None = None,
-    density: float = 0.5,
+    density: float | None = None,
     seed: int = 0,
     base: BaseLike | None = None,
     to: str = "loraparam",
@@ -102,8 +102,8 @@ def combine(
         out: the adapter to write.
         weights: w of each file. Default: 1.
         how: see above.
-        rank, energy, error: at most one, for all but cat: as for ``lp.extract``.
-        density: for ties and dare, in (0, 1].
+        rank, energy, error: at most one, for svd, ties and dare: as for ``lp.extract``.
+        density: for ties and dare, in (0, 1]. Default: 0.5.
         seed: for dare; the same seed gives the same result.
         base: model or checkpoint, where the methods or the formats need it.
         to: the format to write.
@@ -143,9 +143,15 @@ def combine(
     return Changes(str(place), tuple(rows), {})
 
 
-def _recipe(how: str, rank: int | None, energy: float | None, error: float | None, density: float, seed: int) -> Recipe:
+def _recipe(
+    how: str, rank: int | None, energy: float | None, error: float | None, density: float | None, seed: int
+) -> Recipe:
     if how not in HOW:
         raise LoraparamError(f"how={how!r}; allowed: {listed(HOW)}{nearest(str(how), HOW)}")
+    if density is None:
+        density = 0.5
+    elif how not in ("ties", "dare"):
+        raise LoraparamError(f"density={density!r} is for how='ties' and 'dare'; how={how!r} keeps all entries")
     if not is_number(density) or not 0 < density <= 1:
         raise LoraparamError(f"density={density!r}; allowed: 0 < density <= 1")
     if not is_int(seed) or not 0 <= seed < 2**63:
