@@ -278,7 +278,7 @@ def test_without_a_base_no_part_is_selected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("names", "message"),
-    [("model", r"or names='file' to leave them as they are"), ("files", r"allowed: 'model', 'file'")],
+    [("model", r"or the hint names='file' to leave them as they are"), ("files", r"allowed: 'model', 'file'")],
 )
 def test_how_names_are_read(tmp_path: Path, names: Any, message: str) -> None:
     with pytest.raises(lp.FormatError, match=message):

@@ -176,7 +176,8 @@ def _check_keywords(
     allowed = (*also, *own)
     for key in given:
         if key not in allowed:
-            raise FormatError(f"unknown {kind} {key!r} for {format}; allowed: {listed(allowed)}{nearest(key, allowed)}")
+            known = f"allowed: {listed(allowed, len(allowed))}{nearest(key, allowed)}"
+            raise FormatError(f"unknown {kind} {key!r} for {format}; {known}")
 
 
 def _known() -> str:

@@ -104,7 +104,7 @@ def read(
     elif base is None:
         raise FormatError(
             f"{file!r}: names such as {groups[0].head!r} mean the modules of one model; the base is needed to read "
-            "them, or names='file' to leave them as they are"
+            "them, or the hint names='file' to leave them as they are"
         )
     else:
         located = locate((group.head for group in groups), base, prefix, file)
