@@ -39,7 +39,7 @@ class Broken(lp.Method):
             return {"gain": gain}
         if self.how == "dtype":
             return {"gain": gain.half()}
-        return {"gain": gain}
+        return {"gain": gain, "idle": gain.clone()} if self.how == "idle" else {"gain": gain}
 
     def apply(self, weight: Tensor, factors: dict[str, Tensor], layout: lp.Layout) -> Tensor:
         gain = factors["gain"].view([-1 if dim == layout.out else 1 for dim in range(weight.dim())])
@@ -76,6 +76,7 @@ BROKEN_METHODS = {
     "keeps_form": ("write", "apply wrote into its arguments"),
     "deterministic": ("random", "gain: another start from the same generator"),
     "factors_are_trainable": ("dtype", "gain: torch.float16 for a weight in"),
+    "every_factor_acts": ("idle", "idle: apply gives it no gradient"),
     "right_gradients": ("gradient", "the gradient of weight is not that of finite differences"),
     "factored_is_apply": ("structured", "the structured form's gradient of gain"),
     "finite_gradients": ("nan", "the gradient of gain is not finite"),
@@ -91,6 +92,7 @@ BROKEN_METHODS = {
 def _forget_broken() -> Any:
     yield
     REGISTRY.pop("Broken")
+    REGISTRY.pop("Still")
 
 
 def test_every_law_has_its_failure() -> None:
@@ -110,6 +112,25 @@ def test_method_law_fails(law: Any) -> None:
     how, what = BROKEN_METHODS[law.__name__]
     with pytest.raises(AssertionError, match=rf"law '{law.__name__}' is broken by Broken\(how='{how}'\) on.*{what}"):
         check_method(Broken(how=how), only=[law.__name__])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Still(Broken):
+    """Nothing in it trains."""
+
+    def init(self, weight: Tensor, layout: lp.Layout, *, generator: Any = None) -> dict[str, Tensor]:
+        return {} if self.how == "none" else super().init(weight, layout)
+
+    def apply(self, weight: Tensor, factors: dict[str, Tensor], layout: lp.Layout) -> Tensor:
+        return weight.clone()
+
+
+@pytest.mark.parametrize(
+    ("how", "match"), [("none", "init makes no factors"), ("constant", "no gradient to any of its factors: gain")]
+)
+def test_a_method_in_which_nothing_trains(how: str, match: str) -> None:
+    with pytest.raises(AssertionError, match=f"law 'every_factor_acts' is broken by Still.*{match}"):
+        check_method(Still(how=how), max_examples=5)
 
 
 def _base_instead(self: AdapterStack, base: Tensor, entries: list[AdapterFactors], *, noisy: bool = False) -> Tensor:

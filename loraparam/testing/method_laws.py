@@ -66,6 +66,17 @@ def factors_are_trainable(method: Method, weight: Tensor, layout: Layout) -> Non
         assert factor.shape == shapes[name].shape, f"{name}: its shape depends on the weight's values"
 
 
+def every_factor_acts(method: Method, weight: Tensor, layout: Layout) -> None:
+    """``apply`` uses each factor, of which there is at least one: a gradient reaches it."""
+    factors = {name: t.requires_grad_() for name, t in moved(method, weight, layout).items()}
+    assert factors, "init makes no factors, so nothing would train"
+    effective = method.apply(weight, factors, layout)
+    assert effective.requires_grad, f"apply gives no gradient to any of its factors: {', '.join(factors)}"
+    found = torch.autograd.grad(effective.sum(), list(factors.values()), allow_unused=True)
+    for name, grad in zip(factors, found, strict=True):
+        assert grad is not None, f"{name}: apply gives it no gradient"
+
+
 def right_gradients(method: Method, weight: Tensor, layout: Layout) -> None:
     """First derivatives agree with finite differences, unless the method says it replaces them."""
     weight = weight.double()
@@ -181,6 +192,7 @@ METHOD_LAWS: tuple[MethodLaw, ...] = (
     keeps_form,
     deterministic,
     factors_are_trainable,
+    every_factor_acts,
     right_gradients,
     factored_is_apply,
     finite_gradients,
