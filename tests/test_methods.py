@@ -63,6 +63,18 @@ def test_detached_norm_is_a_constant(data: st.DataObject) -> None:
         assert_close(got[key], expected.grad, rtol=1e-9, atol=1e-12)  # float64, another order of operations
 
 
+def test_a_derived_method_shows_what_its_constructor_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraparam.methods.base.REGISTRY", {})
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Derived(lp.LoRA):
+        """A user's variant of LoRA, whose repr @dataclass writes."""
+
+    derived = Derived(r=2, init="gaussian")
+    assert repr(derived).endswith("(r=2, alpha=None, rslora=False, dropout=0.0, dropout_on='weight')")
+    assert Derived(**derived.config()) == derived != Derived(r=2)
+
+
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
 def test_start(init: str) -> None:
     """A ~ U(±1/√in) or N(0, std 1/r), B = 0; an embedding's zero factor is the vocabulary side."""

@@ -34,7 +34,8 @@ class LowRank(Method):
     rslora: bool = False
     dropout: float = 0.0
     dropout_on: DropoutOn = "weight"
-    start: Init = field(init=False, default="kaiming")
+    # Not in the repr that a subclass gets from @dataclass: no constructor takes it.
+    start: Init = field(init=False, default="kaiming", repr=False)
     if TYPE_CHECKING:
 
         def init(self, weight: Tensor, layout: Layout, *, generator: Generator | None = None) -> Factors:
