@@ -161,7 +161,10 @@ def _entry(row: Row, name: str, factors: Factors | None, generator: Generator | 
         if is_spread(stored):
             dims = row.method.dims() if row.part is None else {}
             factors = {k: spread_factor(v, dims.get(k, ()), stored, row.layout) for k, v in factors.items()}
-    return AdapterFactors(name, row.method, row.layout, row.part, row.shape, factors)
+    try:
+        return AdapterFactors(name, row.method, row.layout, row.part, row.shape, factors)
+    except AttachError as error:
+        raise error.at(row.path) from None
 
 
 def _stack_for(row: Row) -> AdapterStack:

@@ -208,11 +208,20 @@ class Trial:
         try:
             hash(method)
         except TypeError:  # a method of the user's that holds what has no hash
-            return method.init(weight, layout)
+            return _made(method, weight, layout)
         key = (method, weight.shape, weight.dtype, layout)
         if key not in self._known:
-            self._known[key] = method.init(weight, layout)
+            self._known[key] = _made(method, weight, layout)
         return self._known[key]
+
+
+def _made(method: Method, weight: Tensor, layout: Layout) -> Factors:
+    """What a method's ``init`` makes, which a user wrote."""
+    made: Any = method.init(weight, layout)
+    if not isinstance(made, dict) or not all(isinstance(factor, Tensor) for factor in made.values()):
+        what = type(made).__name__
+        raise AttachError(f"{type(method).__name__}.init made a {what}; allowed: a dict of tensors, {{factor: tensor}}")
+    return made
 
 
 def _readable(leaf: Leaf, place: Place, layout: Layout | None) -> Layout:

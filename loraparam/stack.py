@@ -69,7 +69,13 @@ class AdapterFactors(nn.Module):
         self.names = tuple(factors)
         self.shapes = {name: factor.shape for name, factor in factors.items()}
         for name, factor in factors.items():
-            self.register_parameter(name, nn.Parameter(factor))
+            try:
+                self.register_parameter(name, nn.Parameter(factor))
+            except (KeyError, TypeError, RuntimeError) as error:  # a method of the user's
+                reason = error.args[0]
+                raise AttachError(
+                    f"factor {name!r} of {type(method).__name__} cannot be a parameter: {reason}"
+                ) from None
         device = next(iter(factors.values())).device if factors else torch.device("cpu")
         # The number compiled code reads: changing a tensor's value recompiles nothing.
         self.register_buffer("_strength", torch.ones((), device=device), persistent=False)

@@ -153,6 +153,39 @@ def test_a_model_that_is_none() -> None:
             call()
 
 
+def made(factors: Any) -> type[lp.Method]:
+    """A method, as a user might write it, whose ``init`` makes these factors."""
+
+    class Odd(lp.Method):
+        def init(self, weight: Tensor, layout: lp.Layout, *, generator: Any = None) -> Any:
+            return factors
+
+        def apply(self, weight: Tensor, factors: dict[str, Tensor], layout: lp.Layout) -> Tensor:
+            return weight
+
+    return Odd
+
+
+@pytest.mark.parametrize(
+    ("factors", "match"),
+    [
+        (torch.zeros(2), r"'0\.weight': Odd\.init made a Tensor; allowed: a dict of tensors"),
+        ({"gain": 1.0}, r"'0\.weight': Odd\.init made a dict; allowed: a dict of tensors"),
+        ({"a.b": torch.zeros(2)}, r"'0\.weight': factor 'a\.b' of Odd cannot be a parameter: .*contain"),
+        ({"shape": torch.zeros(2)}, r"'0\.weight': factor 'shape' of Odd cannot be a parameter: .*exists"),
+        (
+            {"rows": torch.zeros(2, dtype=torch.int64)},
+            r"'0\.weight': factor 'rows' of Odd .*: Only Tensors of floating",
+        ),
+    ],
+)
+def test_a_method_that_makes_no_factors(factors: Any, match: Match, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraparam.methods.base.REGISTRY", {})
+    model = two_layers()
+    with unchanged(model), pytest.raises(lp.AttachError, match=match):
+        lp.attach(model, made(factors)(), "0")
+
+
 # --- parameters that cannot be adapted --------------------------------------------------------------------------
 
 
