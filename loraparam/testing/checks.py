@@ -119,6 +119,10 @@ def check_layer(
     if isinstance(make_layer, nn.Module):
         name = type(make_layer).__name__
         raise LoraparamError(f"check_layer takes a function that makes the layer, not a {name}; or use check_model")
+    listed: object = methods
+    if isinstance(listed, Method):
+        raise LoraparamError(f"methods={listed!r}; allowed: a list, such as [{listed!r}]")
+    _need_module(make_layer)
     chosen = _chosen(only)
     checked = 0
     for method in methods:
@@ -163,9 +167,22 @@ def check_model(
     """
     if inputs and keywords:
         raise LoraparamError("check_model takes positional inputs or keywords=, not both")
+    of: object = model
+    if not isinstance(of, nn.Module):
+        raise LoraparamError(f"check_model takes a model, not {of!r}")
     given = keywords if keywords is not None else inputs
     plain = Subject(lambda: copy.deepcopy(model), lambda: given, method or LoRA(r=1), targets)
     _run(_chosen(only), replace(plain, exclude=exclude, training=model.training))
+
+
+def _need_module(make_layer: Callable[[], nn.Module]) -> None:
+    """Refuse what makes no layer."""
+    try:
+        made: object = make_layer()
+    except Exception as error:
+        raise LoraparamError(f"the layer cannot be made: {type(error).__name__}: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise LoraparamError(f"make_layer made a {type(made).__name__}; allowed: an nn.Module")
 
 
 def _chosen(only: Sequence[str] | None) -> list[Law]:
@@ -176,6 +193,8 @@ def _chosen(only: Sequence[str] | None) -> list[Law]:
 
 def _names(only: Sequence[str] | None, known: Sequence[str]) -> Sequence[str]:
     """The names given, or all; one that is not known is refused."""
+    if isinstance(only, str):
+        raise LoraparamError(f"only={only!r}; allowed: a list of names, such as [{only!r}]")
     for name in only or ():
         if name not in known:
             raise LoraparamError(f"no law named {name!r}{nearest(name, known)}")
