@@ -54,7 +54,8 @@ def attach(
         name: the adapter's name: one path component.
         exclude: parameters to leave out; a module stands for everything in it.
         freeze: set ``requires_grad=False`` on every base parameter of the model that ``train`` does not match.
-        train: base parameters left trainable; a module stands for everything in it.
+        train: base parameters left trainable; a module stands for everything in it. They are not in the adapter's
+            file: what should be gets ``lp.Full()``.
         generator: makes the factors' start reproducible.
         layout: how to read the targets as matrices, where the module does not say.
 

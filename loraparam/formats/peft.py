@@ -56,7 +56,8 @@ def write(
         base: the model's parameters; None where the content alone must do.
         out_proj: PEFT up to 0.21.2 adds the delta of an attention's output projection twice: "twice" writes half of
             it, for these, and is the default, with a warning; "once" writes all of it, for a PEFT without that fault.
-        task_type, base_model_name_or_path: as the config has them; a task needs a model of transformers.
+        task_type, base_model_name_or_path: as the config has them; a task needs a model of transformers. For
+            classification and question answering the model's head goes into the file as it is, as in PEFT's own.
 
     Raises:
         FormatError: PEFT cannot hold the content; nothing is written then.
@@ -68,8 +69,8 @@ def write(
         raise FormatError(f"base_model_name_or_path={base_model_name_or_path!r}; allowed: a string")
     if path.exists() and not path.is_dir():
         raise FormatError(f"{str(path)!r} is a file; allowed: the path of a directory")
-    tensors, config = tensors_and_config(content, base, out_proj)
-    config |= {"task_type": task_type, "base_model_name_or_path": base_model_name_or_path}
+    tensors, config = tensors_and_config(content, base, out_proj, task_type)
+    config |= {"base_model_name_or_path": base_model_name_or_path}
     notes = {
         "out_proj": out_proj or "twice",
         "training": {item.path: [type(item.method).__name__, item.method.config()] for item in content.items},

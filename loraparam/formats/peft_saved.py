@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import FormatError, listed
+from ..methods import Full
 from .bases import Base
 from .content import Content, Item
 from .peft_wrappers import WAY_OUT
 
 Depths = Mapping[str, int]  # {module: how many wrappers are around it}
+
+# {task: how the paths of modules end that PEFT adds to modules_to_save by itself, and so asks for in a file}
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 @dataclass
@@ -45,27 +53,54 @@ def new_values(content: Content, full: Iterable[Item], base: Base | None) -> dic
     return values
 
 
-def saved(values: Mapping[str, Tensor], wrapped: Depths, base: Base | None) -> Saved:
-    """How PEFT stores new values of parameters.
+def heads(task_type: str | None, content: Content, base: Base | None) -> list[str]:
+    """The modules that PEFT stores whole for a task, changed or not.
+
+    Raises:
+        FormatError: the base is needed to find them, or one is adapted otherwise.
+    """
+    if task_type not in HEADS:
+        return []
+    if base is None:
+        raise FormatError(
+            f"task_type={task_type!r}: PEFT stores the model's head beside the adapter; the base is needed"
+        )
+    ends = [path for path in base.modules if path.endswith(HEADS[task_type])]
+    found = [path for path in ends if not any(_within(path, other) for other in ends if other != path)]
+    for item in content.items:
+        if not isinstance(item.method, Full) and any(_within(item.parameter, head) for head in found):
+            raise FormatError(
+                f"{item.path!r}: PEFT stores the head of task_type={task_type!r} whole; give it lp.Full(), leave it "
+                "out, or save without the task"
+            )
+    return found
+
+
+def _within(path: str, module: str) -> bool:
+    return path == module or path.startswith(module + ".")
+
+
+def saved(values: Mapping[str, Tensor], wrapped: Depths, base: Base | None, heads: Sequence[str] = ()) -> Saved:
+    """How PEFT stores new values of parameters, and all of the modules that its task asks for.
 
     Raises:
         FormatError: it has no place for one.
     """
-    made, modules = Saved(), {}
+    made, modules = Saved(), {head: head for head in heads}
     for path in values:
         owner, _, name = path.rpartition(".")
-        if name != "bias" and owner not in wrapped:
+        if name != "bias" and owner not in wrapped and not any(_within(owner, head) for head in heads):
             modules[owner] = path
     for path, value in values.items():
         owner, _, name = path.rpartition(".")
-        if any(owner == module or owner.startswith(module + ".") for module in modules):
+        if any(_within(owner, module) for module in modules):
             continue
         if name != "bias" and not name.endswith("_bias"):
             raise _no_place(path, "PEFT adapts its module, and then stores biases of it only")
         made.values[path] = value
         made.config["bias"] = "lora_only" if owner in wrapped and made.config.get("bias") != "all" else "all"
     for module, path in list(modules.items()):
-        if _as_rows(made, module, path, values[path], base):
+        if path in values and _as_rows(made, module, path, values[path], base):
             del modules[module]
     if modules:
         _save_modules(made, modules, values, wrapped, base)

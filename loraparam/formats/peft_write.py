@@ -20,7 +20,7 @@ from ..errors import FormatError, listed
 from ..methods import IA3, DoRA, Full, LoRA, Magnitude
 from .bases import Base
 from .content import Content, Item
-from .peft_saved import Depths, new_values, saved
+from .peft_saved import Depths, heads, new_values, saved
 from .peft_scaled import scaled
 from .peft_shapes import to_experts, to_groups
 from .peft_wrappers import WAY_OUT, Wrapper, as_dora, no_form, wrapper
@@ -40,7 +40,9 @@ _DILATED = (
 )
 
 
-def tensors_and_config(content: Content, base: Base | None, out_proj: str | None) -> tuple[Tensors, dict[str, Any]]:
+def tensors_and_config(
+    content: Content, base: Base | None, out_proj: str | None, task_type: str | None = None
+) -> tuple[Tensors, dict[str, Any]]:
     """The tensors and the config of an adapter.
 
     Raises:
@@ -65,12 +67,17 @@ def tensors_and_config(content: Content, base: Base | None, out_proj: str | None
             f"{content.source!r} adapts no layer: PEFT needs at least one LoRA. Attach one as well (fresh, it changes "
             f"nothing), or {WAY_OUT}"
         )
-    stored = saved(values, wrapped, base)
+    stored = saved(values, wrapped, base, heads(task_type, content, base))
     if scales and "bias" in stored.config:
         raise FormatError(f"{content.source!r} has new biases beside IA3, for which PEFT has no place. Or {WAY_OUT}")
     tensors |= {inside(path, wrapped): value for path, value in stored.values.items()}
     tensors |= {f"{inside(m, wrapped)}.token_adapter.trainable_tokens_delta": rows for m, rows in stored.rows.items()}
-    defaults = {"inference_mode": True, "peft_version": VERSION, "task_type": None, "base_model_name_or_path": None}
+    defaults = {
+        "inference_mode": True,
+        "peft_version": VERSION,
+        "task_type": task_type,
+        "base_model_name_or_path": None,
+    }
     return tensors, {**defaults, **config, **stored.config}
 
 
