@@ -19,11 +19,11 @@ HEAD = ("model", "class", "targets", "trained / all parameters", "reads", "cache
 TEXT = """# Models
 
 Architectures of transformers, diffusers and torch, unmodified and each from a tiny config, with LoRA on all linear
-layers, all convolutions and all stacks of experts. `tests/test_matrix.py` checks on each of them every law of
-`lp.testing.laws()` but two that take long: outputs and gradients are those of a plain model with the effective weights,
-fresh adapters change nothing, one optimizer step moves the factors alone, detaching and blocks restore every bit,
-merging keeps the outputs, states and files load again, copies are independent. Merged, each is saved with
-`save_pretrained` and comes back from `from_pretrained` as it was. `tests/models_table.py` writes this file.
+layers, all convolutions and all stacks of experts. `tests/test_matrix.py` checks on each of them the laws of adapted
+layers in `lp.testing.laws()` but two that take long: outputs and gradients are those of a plain model with the
+effective weights, fresh adapters change nothing, one optimizer step moves the factors alone, detaching and blocks
+restore every bit, merging keeps the outputs, states and files load again, copies are independent. Merged, each is saved
+with `save_pretrained` and comes back from `from_pretrained` as it was. `tests/models_table.py` writes this file.
 
 - **reads**: operations in one forward that ran on the weight's parts (factored), and those that took the merged weight.
 - **cache**: whether the model generates token by token; then the merged model generates the same.
