@@ -88,6 +88,17 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "Llama": (lambda: language_model("Llama", tie_word_embeddings=False), ()),
     "Mixtral": (lambda: language_model("Mixtral", num_local_experts=3, num_experts_per_tok=2), ()),
+    "GLM": (
+        lambda: language_model(
+            "Glm4Moe",
+            head_dim=4,
+            n_routed_experts=3,
+            num_experts_per_tok=2,
+            first_k_dense_replace=0,
+            moe_intermediate_size=8,
+        ),
+        (),
+    ),
     "GPT2": (lambda: language_model("GPT2"), ()),
 }
 

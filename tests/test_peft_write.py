@@ -57,6 +57,10 @@ WRITTEN: dict[str, tuple[str, Targets]] = {
     "like names": ("like names", {re.compile("q.weight"): LORA, re.compile("k.weight"): lp.Full()}),
     "Llama": ("Llama", {"self_attn.*": LORA, "embed_tokens": lp.LoRA(r=1), "norm": lp.Full(), "lm_head": lp.Full()}),
     "Mixtral": ("Mixtral", {"q_proj": LORA, "experts.*": lp.LoRA(r=3, alpha=7), "mlp.gate": lp.LoRA(r=1)}),
+    "layers named like parts of experts": (
+        "GLM",
+        {"self_attn.*": LORA, "shared_experts.*": lp.LoRA(r=3), "experts.down_proj": LORA},
+    ),
     "GPT2": ("GPT2", {"c_attn": LORA, "c_proj": DORA, "wpe": lp.LoRA(r=1)}),
 }
 
@@ -224,6 +228,11 @@ REFUSED: dict[str, tuple[str, Targets, str]] = {
         "attention",
         {"attn.in_proj_weight": LORA, "head": DORA},
         r"'attn\.in_proj_weight': .* for all or none",
+    ),
+    "DoRA of a layer named like a part of experts": (
+        "GLM",
+        {"q_proj": DORA, "shared_experts.up_proj": DORA},
+        r"shared_experts\.up_proj\.weight': DoRA has no form .* takes its name for a part of a stack",
     ),
     "experts' DoRA": ("experts", {"experts.down_proj": DORA}, r"'experts\.down_proj': DoRA has no form"),
     "both on one weight": (

@@ -85,6 +85,8 @@ def wrapper(item: Item, base: Base | None, beside: Collection[str] = ()) -> Wrap
     made = Wrapper(item, kind, layout, tuple(shape), A, B, groups=groups)
     if isinstance(item.method, LoRA):
         return made
+    if base is not None and _is_renamed(item, base):
+        raise no_form(item, "PEFT takes its name for a part of a stack of experts, and has no DoRA for parameters")
     if swapped or not made.has_dora or getattr(item.method, "axis", "out") != "out":
         raise no_form(item, "PEFT has DoRA per output feature of linear layers, embeddings and ungrouped convolutions")
     return _with_lengths(made, base)
@@ -135,7 +137,8 @@ def _kind(item: Item, shape: Sequence[int], base: Base | None, beside: Collectio
         if isinstance(module, nn.Linear):
             outer = base.module(owner.rpartition(".")[0])
             attention = isinstance(outer, nn.MultiheadAttention) and owner.endswith("out_proj")
-            return "out_proj" if attention else "linear", Layout(), 1
+            kind = "out_proj" if attention else "parameter" if _is_renamed(item, base) else "linear"
+            return kind, Layout(), 1
         if is_transformers_conv1d(module):
             return "linear", Layout(out=1), 1
         if isinstance(module, nn.Embedding):
@@ -146,6 +149,26 @@ def _kind(item: Item, shape: Sequence[int], base: Base | None, beside: Collectio
         raise no_form(item, "torch's recurrent layers read a flat copy of it, which PEFT does not adapt")
     transposed = len(shape) == 3 and bool(getattr(module, "is_transposed", False))
     return _parameter(item, shape, transposed)
+
+
+# {family of mixtures: names of layers}: PEFT's _MOE_TARGET_MODULE_MAPPING. Transformers 5 stacked the experts of these,
+# and PEFT reads such a name among ``target_modules`` as the stack's, also where a layer still bears it: a dense or a
+# shared expert. It leaves ``target_parameters`` as they are.
+_RENAMED = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
+
+
+def _is_renamed(item: Item, base: Base) -> bool:
+    """Whether PEFT would take the layer's name for an expert's."""
+    kind = getattr(getattr(base.module(""), "config", None), "model_type", None)
+    if not isinstance(kind, str):
+        return False
+    try:
+        # The table that PEFT reads.
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+    except ImportError:
+        return False
+    family = _MODEL_TO_CONVERSION_PATTERN.get(kind, "")
+    return item.parameter.split(".")[-2] in _RENAMED.get(family, ())
 
 
 def _kind_by_name(item: Item, shape: Sequence[int], name: str, names: Collection[str]) -> tuple[str, Layout, int]:
