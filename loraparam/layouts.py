@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,7 @@ def layout_of(module: nn.Module, name: str, shape: Sequence[int]) -> Layout:
     """The layout of ``module``'s parameter ``name``, recognised from the module's type.
 
     Any 3-D weight of a module no rule knows is read as a stack of experts: (E, in, out) where the module
-    says so (``is_transposed``, as transformers' GPT-OSS) or is known to (Llama4), else (E, out, in).
+    says so (``is_transposed``, as transformers' GPT-OSS) or is known to (Llama4, say), else (E, out, in).
     """
     if name == "weight" and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return Layout(out=1, lookup=True)
@@ -129,22 +129,37 @@ def layout_of(module: nn.Module, name: str, shape: Sequence[int]) -> Layout:
         return Layout(out=1)
     if name == "weight" and is_transformers_conv1d(module):
         return Layout(out=1)
-    if len(shape) == 3 and not isinstance(module, _NOT_EXPERTS):
+    if len(shape) == 3 and _is_a_stack(module):
         return Layout(out=2 if _experts_are_transposed(module) else 1, batch=(0,))
     return Layout()
 
 
 _NOT_EXPERTS = (nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.LayerNorm)
 
-# Expert stacks stored (E, in, out) whose class carries no flag saying so.
-_TRANSPOSED_EXPERTS = frozenset({"Llama4TextExperts"})
+# {class: its package}: stacks stored (E, in, out) whose class carries no flag saying so.
+_TRANSPOSED_EXPERTS = {
+    "Llama4TextExperts": "transformers",
+    "CsmCodebooksHead": "transformers",  # a head for each codebook
+    "GroupedLinearLayer": "transformers",  # ConvBERT's, a matrix for each part of the features
+    "SwiGLUExperts": "diffusers",  # Nucleus
+}
+# Attention stored (model, heads, head): one matrix, of the model's width by that of all heads.
+_HEADS_APART = {"XLNetRelativeAttention": "transformers", "FunnelRelMultiheadAttention": "transformers"}
+
+
+def _is_a_stack(module: nn.Module) -> bool:
+    return not isinstance(module, _NOT_EXPERTS) and not _is_one_of(module, _HEADS_APART)
 
 
 def _experts_are_transposed(module: nn.Module) -> bool:
-    names = {cls.__name__ for cls in type(module).__mro__}
-    return bool(getattr(module, "is_transposed", False)) or not names.isdisjoint(_TRANSPOSED_EXPERTS)
+    return bool(getattr(module, "is_transposed", False)) or _is_one_of(module, _TRANSPOSED_EXPERTS)
+
+
+def _is_one_of(module: nn.Module, known: Mapping[str, str]) -> bool:
+    """Whether a module's class is known by name and package; told without importing the package."""
+    return any(cls.__module__.startswith(known.get(cls.__name__, "\0")) for cls in type(module).__mro__)
 
 
 def is_transformers_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' ``Conv1D``, a Linear stored (in, out); told without importing it."""
-    return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
+    return _is_one_of(module, {"Conv1D": "transformers."})

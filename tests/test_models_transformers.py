@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_zoo import CLOSE, EXACT, TRANSFORMERS, effective_weights, one_thread
+from model_zoo import CLOSE, EXACT, MATRIX, TRANSFORMERS, effective_weights, one_thread
 from torch import nn
 from torch.testing import assert_close
 from zoo.entry import Entry
@@ -119,6 +119,53 @@ def test_plans_say_how_expert_stacks_are_read() -> None:
         shown[name] = {str(row.layout) for row in plan if row.path.endswith(("gate_up_proj", "experts.down_proj"))}
     read = {"mixtral": "(E, out, in)", "qwen3-moe": "(E, out, in)", "gpt-oss": "(E, in, out)", "llama4": "(E, in, out)"}
     assert shown == {name: {layout} for name, layout in read.items()}
+
+
+def csm_head() -> tuple[nn.Module, tuple[Any, ...]]:
+    from transformers.models.csm.modeling_csm import CsmCodebooksHead
+
+    return CsmCodebooksHead(8, 4, 12), (torch.randn(5, 3, 8), torch.arange(1, 4))
+
+
+def convbert_groups() -> tuple[nn.Module, tuple[Any, ...]]:
+    from transformers.models.convbert.modeling_convbert import GroupedLinearLayer
+
+    return GroupedLinearLayer(16, 24, 2), (torch.randn(5, 1, 16),)
+
+
+def nucleus_experts() -> tuple[nn.Module, tuple[Any, ...]]:
+    from diffusers.models.transformers.transformer_nucleusmoe_image import SwiGLUExperts
+
+    return SwiGLUExperts(12, 8, 3), (torch.randn(6, 12), torch.tensor([2, 2, 2]))
+
+
+STACKS = {
+    "CSM": (csm_head, "weight"),
+    "ConvBERT": (convbert_groups, "weight"),
+    "Nucleus": (nucleus_experts, "down_proj"),
+}
+
+
+@pytest.mark.parametrize(("build", "name"), STACKS.values(), ids=STACKS)
+def test_a_row_of_each_matrix_in_a_stack_makes_one_output(build, name: str) -> None:
+    stack, inputs = build()
+    for parameter in stack.parameters():
+        nn.init.normal_(parameter)
+    (row,) = lp.plan(stack, lp.LoRA(r=2), name)
+    weight = stack.get_parameter(name)
+    with torch.no_grad():
+        before = stack(*inputs)
+        matrix = row.layout.matrix(weight).clone()
+        matrix[:, 3] += 1
+        weight.copy_(row.layout.tensor(matrix, weight.shape))
+        moved = (stack(*inputs) - before).abs().flatten(0, -2).amax(0)
+    assert moved.nonzero().flatten().remainder(matrix.shape[1]).unique().tolist() == [3]
+
+
+@pytest.mark.parametrize(("name", "path"), [("xlnet", "rel_attn.q"), ("funnel", "r_kernel")])
+def test_attention_stored_by_heads_is_one_matrix(name: str, path: str) -> None:
+    for row in lp.plan(MATRIX[name].model(), lp.LoRA(r=8), path):
+        assert row.layout == lp.Layout()
 
 
 TIED = {
