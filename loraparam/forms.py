@@ -146,9 +146,12 @@ class Form:
         if not isinstance(scale, float):
             B, scale = B * scale, 1.0
         At = A.mT
-        add_product = torch.addmm if matrix.dim() == 2 else torch.baddbmm
         # 2·W·Aᵀ + s·B·(A·Aᵀ)
-        inner = add_product(matrix @ At, B, A @ At, beta=2, alpha=scale)
+        if matrix.dim() > 3:
+            inner = 2 * (matrix @ At) + scale * (B @ (A @ At))
+        else:
+            add_product = torch.addmm if matrix.dim() == 2 else torch.baddbmm
+            inner = add_product(matrix @ At, B, A @ At, beta=2, alpha=scale)
         return torch.add(own, (inner * B).sum(-1), alpha=scale), own
 
     @property

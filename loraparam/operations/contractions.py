@@ -27,8 +27,7 @@ def einsum(equation: Any, *operands: Any) -> Any:
     letters, x_letters, x = names[0 if first else 1], names[1 if first else 0], operands[1 if first else 0]
     if form is None or not arrow or not len(letters) == len(set(letters)) == form.weight.dim():
         return NotImplemented
-    batch = form.layout.batch
-    if batch not in ((), (0,)) or form.weight.dim() - len(batch) != 2:  # a kernel's factors have other dims than it
+    if len(form.layout.batch) != len(letters) - 2:  # a kernel's factors have other dims than it
         return NotImplemented
     ran(weights[0])
     return _einsum(x, x_letters, form, letters, output)

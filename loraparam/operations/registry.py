@@ -32,7 +32,7 @@ def implements(*functions: Any) -> Callable[[Handler], Handler]:
 
 
 def form_of(weight: Any, *, drops: bool = False, flat: bool = False) -> Form | None:
-    """A tensor's structured form, if it has one that the operation can use.
+    """A tensor's structured form, if it has one that the operation can use; its batch dims come first.
 
     ``drops``: the operation sees the layer's input and can drop its elements. ``flat``: it knows what to do where the
     factors' rows and columns are not the weight's outputs and inputs.
@@ -40,8 +40,10 @@ def form_of(weight: Any, *, drops: bool = False, flat: bool = False) -> Form | N
     if not isinstance(weight, (EffectiveWeight, Operand)):
         return None
     form = weight.form()
-    refused = form is None or (not drops and form.drops_input) or (not flat and form.layout.rows is not None)
-    return None if refused else form
+    if form is None or (not drops and form.drops_input) or (not flat and form.layout.rows is not None):
+        return None
+    batch = form.layout.batch
+    return None if batch and batch != tuple(range(len(batch))) else form
 
 
 def ran(weight: EffectiveWeight | Operand) -> None:
