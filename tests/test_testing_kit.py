@@ -15,6 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.fx import symbolic_trace
+from torch.nn.utils.parametrizations import weight_norm
 
 import loraparam as lp
 from loraparam.catalogue import catalogue
@@ -217,6 +219,32 @@ def test_check_model_takes_keyword_arguments_and_names_what_is_dead() -> None:
         check_model(model, keywords=INPUTS, only=["trains"])
     check_model(model, keywords=INPUTS, exclude="spare", only=["trains", "equivalence", "no_drift"])
     assert lp.adapters(model) == {}
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Linear(4, 2))
+
+
+def traced() -> nn.Module:
+    return symbolic_trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+
+
+class Noted(nn.Linear):
+    """Keeps more than tensors in its state, as neuraloperator's models do."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 1}
+
+
+@pytest.mark.parametrize("make", [normed, traced, lambda: Noted(3, 2)], ids=["weight_norm", "FX", "extra state"])
+def test_check_model_leaves_the_model_as_it_is(make: Callable[[], nn.Module]) -> None:
+    model, x = make().eval(), torch.ones(1, 3)
+    before = model(x)
+    check_model(model, x, targets=nn.Linear)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
 
 
 def test_check_layer_takes_keyword_arguments() -> None:

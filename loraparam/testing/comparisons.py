@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
@@ -80,10 +81,11 @@ def assert_mark(layer: nn.Module, before: dict[str, Any]) -> None:
 
 
 def assert_classes(layer: nn.Module, plain: nn.Module, what: str) -> None:
-    """The modules have the plain layer's classes; those that parametrize makes are made for each module anew."""
+    """The modules have the plain layer's classes; those of parametrize and FX are made for each module anew."""
     for (path, module), (_, expected) in zip(layer.named_modules(), plain.named_modules(), strict=True):
         own, want = type(module), type(expected)
-        alike = parametrize.is_parametrized(expected) and own.__bases__ == want.__bases__
+        made = parametrize.is_parametrized(expected) or isinstance(expected, GraphModule)
+        alike = made and own.__bases__ == want.__bases__
         assert own is want or alike, f"{what}: {path or 'the layer'} is a {own.__name__}, not a {want.__name__}"
 
 

@@ -80,8 +80,12 @@ def differentiates_norm(method: Any) -> bool:
 
 def _take_off_others(place: Place) -> None:
     """Give a weight under weight_norm or the like as one Parameter, in place: adapters act on what it yields."""
-    if place.name in parametrized(place.module):
-        parametrize.remove_parametrizations(place.module, place.name)
+    module = place.module
+    if place.name in parametrized(module):
+        # Taking off deletes a property of the class, which torch shares between a module and its deepcopies.
+        shared = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
+        parametrize.remove_parametrizations(module, place.name)
 
 
 def _or_none(grads: Sequence[Any]) -> Sequence[Tensor | None]:

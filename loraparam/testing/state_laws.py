@@ -37,11 +37,11 @@ def original_checkpoint_loads(subject: Subject) -> None:
     """A checkpoint with the original keys loads strictly into the adapted layer, and keeps the factors."""
     seed(5)
     other = subject.make_layer()
-    checkpoint = {key: value.clone() for key, value in other.state_dict().items()}
+    checkpoint = copy.deepcopy(other.state_dict())
     layer = subject.adapted()
     factors = {key: value.clone() for key, value in state_dict(layer).items()}
     layer.load_state_dict(checkpoint)
-    cast = [v.to(w.dtype) for v, w in zip(checkpoint.values(), base_state_dict(layer).values(), strict=True)]
+    cast = [v.to(w.dtype) for v, w in zip(values(checkpoint), values(base_state_dict(layer)), strict=True)]
     identical(values(base_state_dict(layer)), cast, "the base after loading a checkpoint")
     identical(list(state_dict(layer).values()), list(factors.values()), "the factors after loading a checkpoint")
 
