@@ -219,6 +219,14 @@ AUDIO = [
         _MUSICGEN,
         lambda: {"input_ids": tokens(7, batch=4), "encoder_hidden_states": noise(2, 3, HIDDEN)},
     ),
+    # A head for each codebook, stacked.
+    _speech(
+        "csm-depth-decoder",
+        "CsmDepthDecoderForCausalLM",
+        {**DECODER, "num_codebooks": 4, "backbone_hidden_size": HIDDEN},
+        lambda: {"input_ids": tokens(4), "backbone_last_hidden_state": noise(2, HIDDEN)},
+        also=("codebooks_head",),
+    ),
 ]
 
 SERIES = [

@@ -113,6 +113,7 @@ MIXTURES = [
     _mixture("olmoe", "OlmoeForCausalLM"),
     _mixture("deepseek-v3", "DeepseekV3ForCausalLM", _DEEPSEEK),
     _mixture("jetmoe", "JetMoeForCausalLM", {**_MOE, "kv_channels": 8}, ("input_linear", "output_linear")),
+    _mixture("aria", "AriaTextForCausalLM", {**_MOE, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
     _mixture("dbrx", "DbrxForCausalLM", _DBRX, ("mlp.w1", "mlp.v1", "mlp.w2")),
 ]
 

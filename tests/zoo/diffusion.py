@@ -114,6 +114,21 @@ _WAN: dict[str, Any] = {
     "out_channels": 4,
 }
 _WAN |= {"text_dim": 8, "freq_dim": 8, "ffn_dim": 32, "rope_max_seq_len": 16}
+_NUCLEUS: dict[str, Any] = {**_HEADS, "in_channels": 4, "out_channels": 4, "patch_size": 1, "joint_attention_dim": 8}
+_NUCLEUS |= {"axes_dims_rope": (2, 2, 4), "num_experts": 3, "moe_intermediate_dim": 12, "capacity_factors": 2.0}
+_NUCLEUS |= {"dense_moe_strategy": "all_moe"}
+
+
+def _nucleus() -> nn.Module:
+    import diffusers
+
+    model: nn.Module = diffusers.NucleusMoEImageTransformer2DModel(**_NUCLEUS)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:  # which diffusers leaves as memory happens to be
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 _COG: dict[str, Any] = {**_HEADS, "in_channels": 4, "out_channels": 4, "time_embed_dim": 4, "text_embed_dim": 8}
 _COG |= {"sample_width": 4, "sample_height": 4, "sample_frames": 5, "patch_size": 2, "max_text_seq_length": 3}
 _LUMINA: dict[str, Any] = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "num_layers": 1}
@@ -180,6 +195,13 @@ DENOISERS = [
         },
     ),
     _diffuser("wan", "WanTransformer3DModel", _WAN, lambda: _hidden(1, 4, 2, 4, 4)),
+    Entry(
+        "nucleus",
+        _nucleus,
+        lambda: {**_hidden(2, 4, 4, times=_fractions()), "img_shapes": [(1, 2, 2)] * 2},
+        output="sample",
+        also=("experts.gate_up_proj", "experts.down_proj"),
+    ),
     _diffuser("cogvideox", "CogVideoXTransformer3DModel", _COG, lambda: _hidden(1, 2, 4, 4, 4)),
     _diffuser(
         "prior",

@@ -75,7 +75,7 @@ ENCODERS = [
     _encoder("modernbert", "ModernBertForMaskedLM", {**_SIZES, "cls_token_id": 1, "sep_token_id": 2}),
     _encoder("mpnet", "MPNetForMaskedLM"),
     _encoder("esm", "EsmForMaskedLM", dead={"contact_head": "contacts are predicted only on request"}),
-    _encoder("convbert", "ConvBertForMaskedLM", _NARROW),
+    _encoder("convbert", "ConvBertForMaskedLM", {**_NARROW, "num_groups": 2}, also=("layer.*.*.dense",)),
     _encoder("squeezebert", "SqueezeBertForMaskedLM", {**_SIZES, "embedding_size": HIDDEN}, dead={"pooler": _POOLED}),
     _encoder(
         "mobilebert", "MobileBertForMaskedLM", {**_NARROW, "true_hidden_size": HIDDEN, "intra_bottleneck_size": HIDDEN}
@@ -84,8 +84,15 @@ ENCODERS = [
     _encoder("fnet", "FNetForMaskedLM", dead={"pooler": _POOLED}),
     _encoder("longformer", "LongformerForMaskedLM", {**_SIZES, "attention_window": 4, "pad_token_id": 1}, _global),
     _encoder("big-bird", "BigBirdForMaskedLM", {**_SIZES, **_BIG_BIRD}, _long, dead={"pooler": _POOLED}),
-    _encoder("funnel", "FunnelForMaskedLM", {**_FUNNEL, "block_sizes": [1, 1], "num_decoder_layers": 1}),
-    _encoder("xlnet", "XLNetLMHeadModel", {**_FUNNEL, "n_layer": 1}),
+    _encoder(
+        "funnel",
+        "FunnelForMaskedLM",
+        {**_FUNNEL, "block_sizes": [1, 1], "num_decoder_layers": 1},
+        also=("r_kernel",),
+    ),
+    _encoder(
+        "xlnet", "XLNetLMHeadModel", {**_FUNNEL, "n_layer": 1}, also=tuple(f"rel_attn.{letter}" for letter in "qkvor")
+    ),
     _encoder(
         "canine",
         "CanineForTokenClassification",
