@@ -96,3 +96,12 @@ def test_files_keep_the_rows(tmp_path: Path) -> None:
     assert [str(row.layout) for row in plan] == ["flat (18, in)", "(out, in)"]
     x = torch.randn(1, 4, 7, 7)
     assert_close(other(x), model(x), rtol=0, atol=0)  # the same numbers, computed the same way
+
+
+@pytest.mark.parametrize("format", ["peft", "kohya", "diffusers"])
+def test_lengths_of_other_rows_have_no_form_elsewhere(format: str, tmp_path: Path) -> None:
+    """A LoRA read flat is some matrix to others, too; a DoRA's magnitudes are of rows that they do not have."""
+    model = nn.Sequential(nn.Linear(4, 6))
+    lp.attach(model, lp.DoRA(r=1), "0", layout=lp.Layout(rows=12))
+    with pytest.raises(lp.FormatError, match=r"'0\.weight': .* read (as )?flat"):
+        lp.save(model, tmp_path / "out", format=format)

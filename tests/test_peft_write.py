@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft_files import Experts
 from peft_models import Tied, base_and_input, in_peft, output
 from safetensors import safe_open
 from test_plans import unchanged
@@ -221,6 +222,11 @@ def test_an_output_projection_is_written_for_the_peft_that_reads_it(tmp_path: Pa
 
 # --- what PEFT cannot hold --------------------------------------------------------------------------------------
 
+
+class Mine(lp.Full):
+    """A method that PEFT does not know."""
+
+
 REFUSED: dict[str, tuple[str, Targets, str]] = {
     "other axis": ("linear", {"a": lp.DoRA(r=2, axis="in")}, r"'a\.weight': DoRA has no form .* per output feature"),
     "grouped DoRA": ("groups", {"two": DORA}, r"'two\.weight': DoRA has no form .* ungrouped convolutions"),
@@ -243,6 +249,23 @@ REFUSED: dict[str, tuple[str, Targets, str]] = {
     "norms alone": ("linear", {"norm": lp.Full()}, r"adapts no layer: .* Attach one as well"),
     "a scale and no bias's": ("linear", {"a.weight": lp.IA3()}, r"'a\.weight': IA3 has no form .* attach IA3 there"),
     "scales and LoRA": ("linear", {"b": lp.IA3(), "a": LORA}, r"IA3 or LoRA, not both"),
+    "scales and a bias": ("linear", {"b": lp.IA3(), "norm.bias": lp.Full()}, r"new biases beside IA3"),
+    "scales of inputs and a bias": (
+        "linear",
+        {"a.weight": lp.IA3(axis="in"), "a.bias": lp.IA3()},
+        r"'a\.bias': .* its layer's output only",
+    ),
+    "scales within a kernel": (
+        "2d",
+        {"two.weight": lp.IA3(axis="in")},
+        r"'two\.weight': .* one number per input channel",
+    ),
+    "a norm named like a layer": (
+        "like names",
+        {"net.k": LORA, re.compile("k.weight"): lp.Full()},
+        r"PEFT would store 'net\.k' too, whose path ends alike",
+    ),
+    "a method of the user's": ("linear", {"a": Mine()}, r"'a\.weight': Mine has no form in PEFT: PEFT has no such"),
     "scales of an embedding": ("embedding", {"tokens": lp.IA3()}, r"IA3 for Linear, Conv2d, Conv3d and"),
     "part of a wrapped module": (
         "experts",
@@ -250,6 +273,13 @@ REFUSED: dict[str, tuple[str, Targets, str]] = {
         r"stores biases of it only",
     ),
 }
+
+
+def test_what_peft_computes_otherwise_in_a_convolution_is_said(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"c": nn.Conv1d(4, 6, 2, dilation=2)})
+    lp.attach(model, LORA, "c")
+    with pytest.warns(UserWarning, match=r"'c\.weight': PEFT's own forward .* does not know dilation"):
+        lp.save(model, tmp_path / "out", format="peft")
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -274,6 +304,11 @@ class Own(nn.Module):
     [
         (lambda: nn.Linear(4, 6), {"weight": LORA}, "not the model's own: put it into one"),
         (Own, {"net": LORA, "scale": lp.Full()}, "it is the model's own"),
+        (
+            lambda: nn.ModuleDict({"m": Own()}),
+            {"m.net": LORA, "m.scale": lp.Full()},
+            "is in, 'm.net', which PEFT wraps",
+        ),
         (lambda: nn.ModuleDict({"l": nn.LSTM(3, 4)}), {"l": LORA}, "read a flat copy"),
         (
             lambda: nn.ModuleDict({"l": nn.ConvTranspose1d(3, 4, 2)}),
@@ -282,6 +317,12 @@ class Own(nn.Module):
         ),
         (lambda: nn.ModuleDict({"l": nn.Bilinear(3, 4, 2)}), {"l": LORA}, r"no layer for its module, shape \(2, 3"),
         (Tied, {"tokens": LORA}, "it is tied to another"),
+        (Tied, {"head.weight": lp.IA3()}, "it is tied to another"),
+        (
+            lambda: nn.ModuleDict({"e": Experts(2, 3, 4), "net": nn.ModuleDict({"e": Experts(2, 3, 4)})}),
+            {re.compile(r"e\.down_proj"): LORA},
+            r"PEFT would adapt 'net\.e\.down_proj' as well",
+        ),
         (Tied, {"mix": LORA, "tokens": lp.Full()}, "it is tied to 'head.weight'"),
     ],
 )
