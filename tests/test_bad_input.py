@@ -141,16 +141,31 @@ def test_an_adapter_name_either_works_with_torch_or_is_refused(name: str) -> Non
     torch.testing.assert_close(out, model(torch.ones(1, 6)), rtol=0, atol=0)
 
 
-def test_a_model_that_is_none() -> None:
-    given: Any = {}
-    for call in (
-        lambda: lp.plan(given, LORA),
-        lambda: lp.attach(given, LORA),
-        lambda: lp.effective_weight(given, "weight"),
-        lambda: lp.summary(given),
-    ):
-        with pytest.raises(lp.AttachError, match=r"model is a dict; allowed: a torch\.nn\.Module"):
-            call()
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: lp.plan(model, LORA),
+        lambda model: lp.attach(model, LORA),
+        lambda model: lp.activate(model, {}),
+        lambda model: lp.effective_weight(model, "weight"),
+        lambda model: lp.merged(model).__enter__(),
+        lambda model: lp.disabled(model).__enter__(),
+        lambda model: lp.save(model, "never-written.safetensors"),
+        *(
+            lp.detach,
+            lp.merge,
+            lp.adapters,
+            lp.parameters,
+            lp.state_dict,
+            lp.base_state_dict,
+            lp.merged_state_dict,
+            lp.summary,
+        ),
+    ],
+)
+def test_a_model_that_is_none(call: Callable[[Any], Any]) -> None:
+    with pytest.raises(lp.AttachError, match=r"model is a dict; allowed: a torch\.nn\.Module"):
+        call({})
 
 
 def made(factors: Any) -> type[lp.Method]:

@@ -159,6 +159,11 @@ def test_what_is_no_such_layer() -> None:
     """Other attributes, other shapes, or another use of them."""
     with pytest.raises(lp.AttachError, match="Linear is no layer that is known; allowed: a module with `linear`"):
         lp.from_layer(nn.Linear(4, 6))
+    for missing in ("linear", "lora"):
+        layer = made(LinearWithLoRA)
+        delattr(layer, missing)
+        with pytest.raises(lp.AttachError, match="LinearWithLoRA is no layer that is known"):
+            lp.from_layer(layer)
     layer = made(LinearWithLoRA)
     layer.lora.A = nn.Parameter(layer.lora.A.detach().T)
     with pytest.raises(lp.AttachError, match=r"LinearWithLoRA: A \(2, 5\), B \(2, 4\); allowed"):
@@ -171,3 +176,12 @@ def test_what_is_no_such_layer() -> None:
         lp.from_layer(made(WithEverything))
     with pytest.raises(lp.AttachError, match="no function of a weight"):
         lp.from_layer(made(LinearWithDoRA))
+
+
+def test_a_diverged_layer_is_refused_and_left_plain() -> None:
+    layer = made(LinearWithLoRA)
+    nn.init.constant_(layer.lora.A, float("nan"))
+    with pytest.raises(lp.StateError, match=r"'weight\.lora_A' holds NaN or infinity"):
+        lp.from_layer(layer)
+    assert type(layer.linear) is nn.Linear
+    assert not lp.adapters(layer)

@@ -335,6 +335,8 @@ def test_an_adapted_bias_on_one_layer_leaves_the_bias_of_others_an_attribute() -
     lp.attach(one, lp.Full(), "bias")
     del other.bias
     assert not hasattr(other, "bias")
+    with pytest.raises(AttributeError, match="bias"):
+        del other.bias
     other.bias = torch.ones(4)
     assert_close(other(x()) - x() @ other.weight.T, torch.ones(2, 4))
     del other.bias

@@ -206,6 +206,17 @@ class Meters(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs)
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize("which", ["the list", "the adapters"])
+def test_a_hook_on_what_computes_the_weight_is_called(register: str, which: str) -> None:
+    layer, calls = adapted(), []
+    parametrizations = layer.parametrizations.weight
+    hooked = parametrizations if which == "the list" else parametrizations[0]
+    getattr(hooked, register)(lambda *args: calls.append(args))
+    right(layer, layer)
+    assert len(calls) == 2  # a read each of the layer and of the plain one beside it
+
+
 def test_another_tensor_with_a_say() -> None:
     layer = adapted()
     y = layer(torch.ones(2, 4).as_subclass(Meters))

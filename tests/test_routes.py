@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import loraparam as lp
 from loraparam import fused
 from loraparam.operations import products
+from loraparam.testing.subjects import shake
 
 METHODS = {
     "lora": lp.LoRA(r=2, alpha=3),
@@ -359,3 +362,37 @@ def test_attention_multiplies_all_tokens_at_once(method: lp.Method, autocast: bo
     with Products() as noted, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         layer(x, x, x, need_weights=False)
     assert tokens not in noted.stacks
+
+
+class Bare(nn.Module):
+    """A parameter that is read and nothing else: one matrix, or a stack of them."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+
+
+@given(st.data())
+def test_an_einsum_is_that_of_the_whole_weight(data: st.DataObject) -> None:
+    """Whichever letters are shared, summed or kept, in whichever order, transposed or not."""
+    torch.manual_seed(0)
+    letters, shape = data.draw(st.sampled_from([("oi", (6, 4)), ("eoi", (3, 6, 4))]))
+    method = data.draw(st.sampled_from([lp.LoRA(r=2, alpha=6), lp.DoRA(r=2), lp.DoRA(r=2, axis="in"), lp.Magnitude()]))
+    module, sizes = Bare(*shape), dict(zip(letters, shape, strict=True)) | {"n": 2}
+    lp.attach(module, method, "weight", layout=lp.Layout(out=1, batch=(0,)) if len(shape) == 3 else None)
+    shake(module)
+    weight, dense = module.weight, lp.effective_weight(module, "weight")
+    if data.draw(st.booleans()):
+        letters, weight, dense = letters[:-2] + letters[:-3:-1], weight.mT, dense.mT
+    others = data.draw(st.permutations(list(sizes)))[: data.draw(st.integers(0, len(sizes)))]
+    output = [letter for letter in data.draw(st.permutations(list(sizes))) if letter in {*letters, *others}]
+    output = output[: data.draw(st.integers(0, len(output)))]
+    x = torch.randn([sizes[letter] for letter in others], dtype=torch.float64)
+    equation = f"{''.join(others)},{letters}->{''.join(output)}"
+    assert_close(torch.einsum(equation, x, weight), torch.einsum(equation, x, dense))
+
+
+def test_a_permutation_of_other_dims_is_refused_as_for_any_tensor() -> None:
+    module = adapted(lambda x, w: w, lp.LoRA(r=2), False)
+    with pytest.raises(RuntimeError, match="number of dimensions"):
+        module.weight.permute(0, 1, 2)

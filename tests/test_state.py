@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,9 @@ def test_strict_names_what_is_missing_and_unexpected_and_loads_nothing() -> None
         lp.load_state_dict(model, state)
     with unchanged(model), pytest.raises(lp.StateError, match=r"'default': unexpected 'more'; strict=False loads what"):
         lp.load_state_dict(model, {**lp.state_dict(adapted(seed=1)), "more": torch.zeros(1)})
+    short = {key: tensor for key, tensor in lp.state_dict(adapted(seed=1)).items() if key != LAST}
+    with unchanged(model), pytest.raises(lp.StateError, match=rf"'default': missing '{re.escape(LAST)}'; strict=False"):
+        lp.load_state_dict(model, short)
     kept = bits(lp.state_dict(model)["0.weight[1/2].lora_A"])
     found = lp.load_state_dict(model, state, strict=False)
     assert (found.missing_keys, found.unexpected_keys) == (["0.weight[1/2].lora_A"], ["0.weigth.lora_A"])
@@ -328,6 +332,19 @@ def test_a_tied_weight_that_an_assigning_load_has_torn_apart() -> None:
         return
     torch.testing.assert_close(model[0].weight.detach(), embedding, **EXACT)
     torch.testing.assert_close(model[1].weight.detach(), head, **EXACT)
+
+
+def test_a_tied_weight_that_a_load_has_made_two_equal_ones_is_tied_again_when_merged() -> None:
+    model = tied()
+    lp.attach(model, lp.LoRA(r=2), "0")
+    randomize(model)
+    expected = lp.effective_weight(model, "0.weight").detach()
+    value = lp.base_state_dict(model)["0.weight"]
+    state = {"0.weight": value.clone(), "1.weight": value.clone(), "1.bias": torch.zeros(5)}
+    model.load_state_dict(state, assign=True)
+    lp.merge(model)
+    assert model[0].weight is model[1].weight
+    torch.testing.assert_close(model[0].weight.detach(), expected, **EXACT)
 
 
 def test_a_module_used_twice_is_adapted_once() -> None:

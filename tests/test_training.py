@@ -144,6 +144,7 @@ def test_summary() -> None:
 
 
 def test_summary_counts_a_tied_parameter_once() -> None:
+    assert lp.summary(nn.Identity()) == "no adapters\ntrainable 0 of 0 parameters (0.00 %)"
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
     model[1].weight = model[0].weight
     assert lp.summary(model) == "no adapters\ntrainable 20 of 20 parameters (100.00 %)"
