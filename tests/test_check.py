@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import loraparam as lp
+from loraparam.watching import watched
 
 
 class Net(nn.Module):
@@ -187,6 +188,7 @@ def test_check_changes_nothing(mode: bool, fails: bool) -> None:
             lp.check(model, tokens, scale=scale)
     torch.testing.assert_close(torch.get_rng_state(), state, rtol=0, atol=0)  # bytes of the generator
     assert (bits(scale.grad), scale.requires_grad) == (grad, True)
+    assert not watched()  # or each read from now on would take longer
 
 
 def _fail(gradient: Tensor) -> None:

@@ -292,6 +292,20 @@ def test_weight_norm_on_top_of_an_adapter_is_refused() -> None:
     assert_close(model(x()), output, **EXACT)
 
 
+class Times(nn.Module):
+    """A parametrization with more to its signature than the tensor."""
+
+    def forward(self, X: torch.Tensor, by: float = 2.0, *rest: Any, **options: Any) -> torch.Tensor:
+        return by * X
+
+
+def test_a_parametrization_of_one_tensor_goes_on_top_of_an_adapter() -> None:
+    model = adapted()
+    weight = model.weight.detach().clone()
+    parametrize.register_parametrization(model, "weight", Times())
+    assert_close(model.weight, 2 * weight)
+
+
 def test_foreign_parametrizations_on_one_instance_leave_others_alone() -> None:
     """All Linears share one guarded class here: torch adding or removing a property must not reach the others."""
     one, other = adapted(), adapted()

@@ -219,6 +219,9 @@ def test_blocks_nest_or_refuse(outer: Any, inner: Any) -> None:
         if (outer, inner) in NESTED:
             with unchanged(model), inner(model):
                 pass
+            if outer is not lp.disabled:  # it is still open
+                with pytest.raises(lp.AttachError, match=rf"inside `with lp\.{outer.__name__}\(model\):`"):
+                    lp.attach(model, lp.LoRA(r=1), "1", name="second")
         else:
             match = rf"inside `with lp\.{outer.__name__}\(model\):`; leave that block first"
             with unchanged(model), pytest.raises(lp.AttachError, match=match):
@@ -379,4 +382,56 @@ def test_merge_of_one_that_is_alone_on_its_rows_or_switched_off() -> None:
     with unchanged(model), pytest.raises(lp.AttachError, match=r"'upper' is switched off; lp\.activate it first, or"):
         lp.merge(model, "upper")
     with lp.disabled(model), pytest.raises(lp.AttachError, match=r"'upper' is inside `with lp\.disabled"):
+        lp.merge(model)
+
+
+def test_merge_where_nothing_acts_gives_a_parameter_of_its_own() -> None:
+    model = adapted()
+    base = model[0].parametrizations.weight.original
+    before = bits(base)
+    lp.activate(model, {})
+    lp.merge(model)
+    assert bits(model[0].weight) == before
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert bits(base) == before
+
+
+class Times(nn.Module):
+    """A parametrization that can be undone."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        return 2 * X
+
+    def right_inverse(self, Y: Tensor) -> Tensor:
+        return Y / 2
+
+
+class Plus(nn.Module):
+    """Another, with which it does not commute."""
+
+    def forward(self, X: Tensor) -> Tensor:
+        return X + 1
+
+    def right_inverse(self, Y: Tensor) -> Tensor:
+        return Y - 1
+
+
+def test_merge_goes_back_through_the_models_own_parametrizations() -> None:
+    model = nn.Linear(6, 4)
+    parametrize.register_parametrization(model, "weight", Times())
+    parametrize.register_parametrization(model, "weight", Plus())
+    lp.attach(model, lp.LoRA(r=2), "weight")
+    randomize(model)
+    expected = lp.effective_weight(model, "weight").detach()
+    lp.merge(model)
+    assert [type(part) for part in model.parametrizations.weight] == [Times, Plus]
+    torch.testing.assert_close(model.weight.detach(), expected)  # undone and done again, in float32
+
+
+def test_merge_under_a_parametrization_without_an_inverse_is_refused() -> None:
+    model = nn.Linear(6, 4)
+    parametrize.register_parametrization(model, "weight", nn.Softplus())
+    lp.attach(model, lp.LoRA(r=2), "weight")
+    with unchanged(model), pytest.raises(lp.AttachError, match="Softplus on the same weight cannot hold the merged"):
         lp.merge(model)

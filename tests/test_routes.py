@@ -299,9 +299,18 @@ def test_cached_norm_follows_the_base() -> None:
     lp.attach(layer, lp.DoRA(r=2))
     x = torch.randn(3, 4, dtype=torch.float64)
     base = layer.parametrizations.weight
+
+    def another_on_the_same_storage() -> None:
+        """Written as often as the one before it."""
+        version = base.original._version
+        base.original = nn.Parameter(base.original.data, requires_grad=False)
+        while base.original._version < version:
+            base.original.mul_(2)
+
     changes: list[Callable[[], Any]] = [
         lambda: layer.load_state_dict({"weight": torch.randn(6, 4), "bias": torch.randn(6)}),
         lambda: base.original.mul_(2),
+        another_on_the_same_storage,
         lambda: setattr(base.original, "data", torch.randn(6, 4, dtype=torch.float64)),
         lambda: layer.load_state_dict(
             {"weight": torch.randn(6, 4).double(), "bias": torch.randn(6).double()}, assign=True

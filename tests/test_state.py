@@ -359,6 +359,13 @@ def test_a_module_used_twice_is_adapted_once() -> None:
         lp.detach(model)
 
 
+def test_a_copy_of_a_layer_that_refers_to_itself_refers_to_itself() -> None:
+    model = adapted()
+    model[0].layers = [model[0]]
+    replica = copy.deepcopy(model)
+    assert replica[0].layers[0] is replica[0] is not model[0]
+
+
 def test_adapters_move_with_their_layers() -> None:
     layers = adapted(name="style")
     parent = nn.ModuleDict({"body": nn.ModuleList([layers[1]]), "tail": layers[0]})

@@ -346,3 +346,17 @@ def test_equal_blocks_cover_the_rows_once(rows: int, count: int) -> None:
             factor.fill_(1.0)
     # Each element was added to once, whatever the rounding of that sum.
     torch.testing.assert_close(layer.weight.detach(), weight + 1, rtol=0, atol=0)
+
+
+def test_a_slice_of_an_adapted_weight_is_read_as_its_adapters_read_it() -> None:
+    model = nn.Linear(4, 6)
+    lp.attach(model, lp.LoRA(r=1, init="gaussian"), "weight", layout=lp.Layout(out=1))
+    torch.testing.assert_close(lp.effective_weight(model, "weight[1:3]"), model.weight[:, 1:3])
+
+
+def test_an_expert_that_is_not_there() -> None:
+    model = nn.ParameterDict({"experts": nn.Parameter(torch.zeros(3, 5, 4))})
+    with pytest.raises(lp.TargetError, match=r"'experts': slice \[3\]: there are 3 experts; allowed: 0\.\.2"):
+        lp.plan(model, lp.LoRA(r=1), "experts[3]")
+    with pytest.raises(lp.TargetError, match=r"allowed: .*rows within \[0:.\]; experts 0\.\.2 by index"):
+        lp.plan(model, lp.LoRA(r=1), "experts[q]")
