@@ -96,7 +96,6 @@ def attach_rows(
 ) -> None:
     """Carry out a plan, in place: with these factors, one dict per row, or with fresh ones."""
     refuse_suspended(model)
-    check_name(name)
     known = catalogue(model)
     keep = _trainable(train, known)
     for row in plan:

@@ -164,7 +164,7 @@ class AdapterFactors(nn.Module):
     def extend(self, form: Form, strength: float, factors: Factors) -> Form | None:
         """``update`` on a weight in structured form; None where the result has none."""
         if self.part is not None:
-            if self.part.index or form.window is not None:
+            if self.part.index:
                 return None
             form = replace(form, window=(self.part.start, self.part.stop))
         after = self.method.factored(form, factors)

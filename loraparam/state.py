@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapters import check_known, entries_of
+from .adapters import entries_of
 from .errors import StateError, listed, nearest
 from .finite import all_finite
 from .merging import detached, merged
@@ -115,7 +115,6 @@ def base_state_dict(model: nn.Module) -> dict[str, Any]:
         >>> list(lp.base_state_dict(model))
         ['weight', 'bias']
     """
-    check_known(model, None)
     with detached(model):
         state: dict[str, Any] = model.state_dict()
     return state
@@ -131,7 +130,6 @@ def merged_state_dict(model: nn.Module) -> dict[str, Any]:
         >>> torch.equal(lp.merged_state_dict(model)["weight"], model.weight)
         True
     """
-    check_known(model, None)
     with merged(model):
         state: dict[str, Any] = model.state_dict()
     return state
