@@ -401,7 +401,34 @@ def test_an_einsum_is_that_of_the_whole_weight(data: st.DataObject) -> None:
     assert_close(torch.einsum(equation, x, weight), torch.einsum(equation, x, dense))
 
 
-def test_a_permutation_of_other_dims_is_refused_as_for_any_tensor() -> None:
-    module = adapted(lambda x, w: w, lp.LoRA(r=2), False)
-    with pytest.raises(RuntimeError, match="number of dimensions"):
-        module.weight.permute(0, 1, 2)
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(
+            lambda w, sizes=sizes: w.split(sizes)
+            for sizes in (4, 6, 9, [1, 0, 5], (2, 4), [2, 2], [4, 4], [-1, 7], [], 0, -2)
+        ),
+        *(lambda w, chunks=chunks: w.chunk(chunks) for chunks in (4, 7, 0, -1)),
+        *(lambda w, dim=dim: w.split(3, dim) for dim in (-2, 2, -3)),
+        *(lambda w, dim=dim: w.narrow(dim, -3, 2) for dim in (0, -2, 2)),
+        *(lambda w, span=span: w.narrow(0, *span) for span in ((5, 3), (7, 0), (2, -1), (-7, 1))),
+        *(lambda w, dims=dims: w.transpose(*dims) for dims in ((0, 1), (-1, 0), (0, 5), (-3, 1))),
+        *(lambda w, dims=dims: w.permute(dims) for dims in ((-1, 0), (0, 5), (1, 1), (0,), (0, 1, 2))),
+        *(lambda w, dim=dim: w.select(dim, 1) for dim in (0, -2, 2)),
+        *(lambda w, span=span: w[slice(*span)] for span in ((4, 9), (-2, None), (3, 1), (0, 6, 2))),
+    ],
+)
+@pytest.mark.parametrize("shape", [(6, 4), (6, 5, 4)])
+def test_shape_operations_take_and_refuse_what_torch_does(
+    call: Callable[[Tensor], Any], shape: tuple[int, ...]
+) -> None:
+    module = Bare(*shape)
+    lp.attach(module, lp.LoRA(r=2), "weight", layout=lp.Layout(out=1, batch=(0,)) if len(shape) == 3 else None)
+    shake(module)
+    try:
+        expected = call(lp.effective_weight(module, "weight"))
+    except (RuntimeError, IndexError) as error:
+        with pytest.raises(type(error), match=r"dim|split|size|chunk|range|length"):
+            call(module.weight)
+    else:
+        assert_close(call(module.weight), expected)

@@ -17,6 +17,11 @@ def _part(weight: Any, form: Form | None) -> Any:
     return view(weight, form) if form is not None else NotImplemented
 
 
+def _from_front(index: int, size: int) -> int:
+    """A dim, or a row, counted from the front. One that is not there stays none: it is torch's to refuse."""
+    return index + size if index < 0 else index
+
+
 _PROPERTIES: tuple[Any, ...] = (torch.Tensor.T, torch.Tensor.mT)
 _DATA: Any = torch.Tensor.data
 _TRANSPOSES = [getter.__get__ for getter in _PROPERTIES]
@@ -35,10 +40,9 @@ def transpose(weight: Any, dim0: int, dim1: int) -> Any:
     if not isinstance(weight, EffectiveWeight):
         return NotImplemented
     ndim = weight.dim()
-    last, other = (ndim - 1, -1), (ndim - 2, -2)
-    if (dim0 in last and dim1 in other) or (dim0 in other and dim1 in last):
-        return transpose_matrix(weight)
-    return NotImplemented
+    if {_from_front(dim0, ndim), _from_front(dim1, ndim)} != {ndim - 2, ndim - 1}:
+        return NotImplemented
+    return transpose_matrix(weight)
 
 
 @implements(torch.Tensor.permute, torch.permute)
@@ -48,7 +52,7 @@ def permute(weight: Any, *dims: Any) -> Any:
     ndim = len(order)
     if not isinstance(weight, EffectiveWeight) or ndim != weight.dim() or ndim < 2:
         return NotImplemented
-    order = [dim + ndim if dim < 0 else dim for dim in order]
+    order = [_from_front(dim, ndim) for dim in order]
     if order == list(range(ndim)):
         return weight
     if order == [*range(ndim - 2), ndim - 1, ndim - 2]:
@@ -63,10 +67,10 @@ def narrow(weight: Any, dim: int, start: Any, length: int) -> Any:
     if form is None or not isinstance(start, int):
         return NotImplemented
     out = form.layout.out
-    size = form.weight.shape[out]
-    if dim not in (out, out - form.weight.dim()) or start < -size:
+    if _from_front(dim, form.weight.dim()) != out:
         return NotImplemented
-    return _part(weight, form.narrow(out, start + size if start < 0 else start, length))
+    start = _from_front(start, form.weight.shape[out])
+    return NotImplemented if start < 0 else _part(weight, form.narrow(out, start, length))
 
 
 @implements(torch.chunk, torch.Tensor.chunk)
@@ -79,7 +83,7 @@ def chunk(weight: Any, chunks: int, dim: int = 0) -> Any:
 def split(weight: Any, split_size_or_sections: Any, dim: int = 0) -> Any:
     """Blocks of output rows."""
     form = form_of(weight, drops=True)
-    if form is None or dim not in (form.layout.out, form.layout.out - form.weight.dim()):
+    if form is None or _from_front(dim, form.weight.dim()) != form.layout.out:
         return NotImplemented
     size, sections = form.weight.shape[dim], split_size_or_sections
     if isinstance(sections, int):
@@ -97,7 +101,7 @@ def split(weight: Any, split_size_or_sections: Any, dim: int = 0) -> Any:
 @implements(torch.select, torch.Tensor.select)
 def select(weight: Any, dim: int, index: Any) -> Any:
     """One matrix of a stack."""
-    if not isinstance(weight, EffectiveWeight) or dim not in (0, -weight.dim()) or not isinstance(index, int):
+    if not isinstance(weight, EffectiveWeight) or _from_front(dim, weight.dim()) != 0 or not isinstance(index, int):
         return NotImplemented
     return _taken(weight, index)
 
