@@ -432,3 +432,19 @@ def test_shape_operations_take_and_refuse_what_torch_does(
             call(module.weight)
     else:
         assert_close(call(module.weight), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "sum"}, {"mode": "max"}, {"scale_grad_by_freq": True}])
+@pytest.mark.parametrize("method", [lp.LoRA(r=2), lp.DoRA(r=2), lp.DoRA(r=2, axis="in"), lp.Magnitude(axis="in")])
+@pytest.mark.parametrize("out", [0, 1])
+def test_bags_of_rows_are_those_of_the_whole_weight(options: dict[str, Any], method: lp.Method, out: int) -> None:
+    """Whichever side the scales are on; the gradients, too."""
+    torch.manual_seed(0)
+    module, bags = Bare(6, 4), torch.tensor([[0, 3, 3], [5, 3, 1]])
+    lp.attach(module, method, "weight", layout=lp.Layout(out=out), freeze=False)
+    shake(module)
+    found = []
+    for weight in (module.weight, lp.effective_weight(module, "weight")):
+        y = F.embedding_bag(bags, weight, **options)
+        found.append([y, *torch.autograd.grad(y.sin().sum(), list(module.parameters()))])
+    assert_close(*found)

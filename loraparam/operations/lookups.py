@@ -80,8 +80,7 @@ def embedding_bag(
     ran(weight)
 
     def look_up(table: Tensor) -> Tensor:
-        weights = None if per_sample_weights is None else per_sample_weights.to(table.dtype)
         options: dict[str, Any] = {"include_last_offset": include_last_offset, "padding_idx": padding_idx}
-        return F.embedding_bag(input, table, offsets, mode=mode, per_sample_weights=weights, **options)
+        return F.embedding_bag(input, table, offsets, mode=mode, per_sample_weights=per_sample_weights, **options)
 
     return _rows(look_up, form)
