@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from loraparam.formats import native, read_content
 from loraparam.formats.content import Content, Item
 from loraparam.tools import inspect
 from loraparam.tools.fitting import base_at, change
+from loraparam.tools.reports import Change, Changes
 
 
 @pytest.fixture
@@ -343,5 +345,23 @@ def test_all_reports_are_json(place: Path) -> None:
         lp.extract(place / "base", place / "4", place / "5", rank=1, full=True),
     ]
     for report in reports:
-        assert json.loads(json.dumps(report.as_dict(), allow_nan=False))
+        told = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+        assert {field.name for field in fields(report)} <= set(told)
         assert str(report)
+
+
+def test_reports_say_what_was_done_to_each_target() -> None:
+    rows = (
+        Change("a.weight", (4, 6), "LoRA(r=2)", 2, 1.5, 0.25, "of 3 that act"),
+        Change("b.weight", None, "Full()", None, None, 0.0),
+    )
+    changes = Changes("out", rows, {"c.weight": "unchanged"})
+    assert str(changes) == (
+        "target    shape   method     rank  norm  residual\n"
+        "a.weight  (4, 6)  LoRA(r=2)     2   1.5  2.50e-01\n"
+        "b.weight  -       Full()        -     -  0.00e+00\n"
+        "a.weight: of 3 that act\n"
+        "left out c.weight: unchanged\n"
+        "wrote out"
+    )
+    assert changes.as_dict()["left_out"] == {"c.weight": "unchanged"}

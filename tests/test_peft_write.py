@@ -191,6 +191,8 @@ def test_peft_rescales_the_same(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         scales[f"{first}.bias.scale"].copy_(scales[f"{first}.weight.scale"])
     lp.save(model, tmp_path, format="peft")
+    # It is for all layers of a file: none of these models has (in, out) alone.
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is False
     theirs = in_peft(base, tmp_path)
     torch.testing.assert_close(output(theirs, x), output(model, x), rtol=1e-5, atol=1e-5)
     merged = lp.merged_state_dict(model)
