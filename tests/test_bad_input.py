@@ -201,6 +201,14 @@ def test_a_method_that_makes_no_factors(factors: Any, match: Match, monkeypatch:
         lp.attach(model, made(factors)(), "0")
 
 
+def test_an_execution_of_another_name() -> None:
+    with (
+        pytest.raises(lp.LoraparamError, match="execution 'fast'; allowed: 'factored', 'merged'"),
+        lp.execution("fast"),
+    ):
+        pass
+
+
 # --- parameters that cannot be adapted --------------------------------------------------------------------------
 
 

@@ -1,7 +1,9 @@
 """Merging on disk: what ``lp.merge`` does in memory, with little of it; whole or not at all; nothing else changed."""
 
 import itertools
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -365,3 +367,18 @@ def test_a_truncated_checkpoint(place: Path) -> None:
     shard = next((place / "base").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-5])
     refused(place, "not a readable safetensors file", place / "base", place / "adapter.safetensors", place / "out")
+
+
+def test_a_checkpoint_of_which_there_are_two(place: Path) -> None:
+    """Two indexes, or two values for one tensor: no choice is made."""
+    base, adapter, out = place / "base", place / "adapter.safetensors", place / "out"
+    index = base / "model.safetensors.index.json"
+    shutil.copy(index, base / "other.safetensors.index.json")
+    refused(place, "holds 2 indexes; give the path of one", base, adapter, out)
+    (base / "other.safetensors.index.json").unlink()
+    mapping = json.loads(index.read_text())
+    shard = next(iter(mapping["weight_map"].values()))
+    shutil.copy(base / shard, base / "again.safetensors")
+    mapping["weight_map"]["one more"] = "again.safetensors"
+    index.write_text(json.dumps(mapping))
+    refused(place, rf"is in both .*'({shard}|again\.safetensors)'", base, adapter, out)

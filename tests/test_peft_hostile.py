@@ -292,6 +292,15 @@ P, FC1 = "base_model.model.", "base_model.model.net.fc1."
             lambda c, t: t.update({"base_model.vera_A": torch.ones(1, 1)}),
             r"'vera_A' belong to VeRA, not to 'LORA'",
         ),
+        ("lora_linear", lambda c, t: c.update(use_more=True), r"use_more=True; allowed: not set, because this release"),
+        ("lora_linear", lambda c, t: c.update(rank_pattern=[2]), r"rank_pattern=\[2\]; allowed: an object of names to"),
+        ("lora_linear", lambda c, t: c.update(rank_pattern={"(": 2}), r"pattern '\('; allowed: module paths"),
+        ("lora_linear", lambda c, t: c.update(alpha_pattern={"(": 2}), r"pattern '\('; allowed: module paths"),
+        (
+            "lora_target_parameters",
+            lambda c, t: c.update(init_lora_weights="pissa"),
+            r"cannot start as pissa, which is for linear layers",
+        ),
         (
             "ia3_linear",
             lambda c, t: t.update({FC1 + "ia3_l": torch.ones(1, 10)}),
@@ -322,3 +331,19 @@ def test_float8_is_read_as_what_it_holds(folder: Path) -> None:
     B8, A8 = B8.flatten(1), A8.reshape(2, 2, 2, 2, 3, 3)[0, :, 0].flatten(1)
     expected = subject.model().c.weight + 1.5 * (B8 @ A8).view(6, 2, 3, 3)
     torch.testing.assert_close(lp.effective_weight(model, "c.weight"), expected)
+
+
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        ("[]", r"header 'loraparam'; allowed: an object, with bases of 9 numbers each"),
+        ('{"bases": {"net.fc1.weight": [1, 2]}}', "bases of 9 numbers each"),
+        ('{"out_proj": "thrice"}', "out_proj; allowed: null, 'once', 'twice'"),
+    ],
+)
+def test_a_header_of_ours_that_is_none(header: str, match: str, folder: Path) -> None:
+    copied(CASES["lora_linear"], folder)
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, {"format": "pt", "loraparam": header})
+    model = CASES["lora_linear"].model()
+    with unchanged(model), pytest.raises(lp.FormatError, match=match):
+        lp.load(model, folder)
