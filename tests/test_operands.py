@@ -1,5 +1,6 @@
 """torch's own linear layer reads no tensor, which takes longest to make; whoever could tell the difference does."""
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ import loraparam as lp
 from loraparam import effective
 from loraparam.effective import EffectiveWeight
 from loraparam.operations import products
+from loraparam.testing.subjects import shake
 
 
 def adapted(layer: nn.Module | None = None, **options: Any) -> nn.Module:
@@ -93,6 +95,18 @@ def test_an_adapted_bias_is_a_tensor(worth: bool, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(products, "_worth_fusing", lambda x, form: worth)
     layer = adapted()
     lp.attach(layer, lp.Full(), "bias", name="bias")
+    right(layer, layer)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("kind", [functools.partial(lp.DoRA, r=2), lp.Magnitude, lp.IA3])
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_rows_of_a_slice_are_scaled_alone(kind: Callable[..., lp.Method], axis: str, weight: float) -> None:
+    """The columns of a slice, too, are not those of the whole."""
+    layer = nn.Linear(4, 6)
+    lp.attach(layer, kind(axis=axis), ["weight[1/3]", "weight[3/3]"])
+    shake(layer)
+    lp.activate(layer, {"default": weight})
     right(layer, layer)
 
 

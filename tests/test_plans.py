@@ -276,6 +276,9 @@ def test_the_whole_replaces_its_slices_and_a_slice_the_whole() -> None:
     part, whole = lp.LoRA(r=1), lp.LoRA(r=2)
     assert [row.path for row in lp.plan(nn.Linear(6, 4), {"weight[1/2]": part, "weight": whole})] == ["weight"]
     assert [row.path for row in lp.plan(nn.Linear(6, 4), {"weight": whole, "weight[1/2]": part})] == ["weight[1/2]"]
+    # Rows of all experts, and all rows of one: they share some, wherever both stand.
+    experts = {"experts.w[2]": part, "experts.w[1/5]": part}
+    assert [row.path for row in lp.plan(Tied(), experts)] == ["experts.w[1/5]"]
 
 
 # --- all or nothing ---------------------------------------------------------------------------------------------

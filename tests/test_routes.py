@@ -448,3 +448,14 @@ def test_bags_of_rows_are_those_of_the_whole_weight(options: dict[str, Any], met
         y = F.embedding_bag(bags, weight, **options)
         found.append([y, *torch.autograd.grad(y.sin().sum(), list(module.parameters()))])
     assert_close(*found)
+
+
+@pytest.mark.parametrize("index", [1, -1, [2, 0], [0, 1, 2, 0], [1]])
+@pytest.mark.parametrize("method", [lp.LoRA(r=2), lp.DoRA(r=2), lp.Magnitude(), lp.IA3(), lp.Full()])
+def test_matrices_taken_from_a_stack_are_those_of_the_whole(method: lp.Method, index: int | list[int]) -> None:
+    module = Bare(3, 6, 4)
+    lp.attach(module, method, "weight", layout=lp.Layout(out=1, batch=(0,)))
+    shake(module)
+    at = index if isinstance(index, int) else torch.tensor(index)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    assert_close(x @ module.weight[at].mT, x @ lp.effective_weight(module, "weight")[at].mT)
