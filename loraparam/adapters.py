@@ -99,6 +99,7 @@ def attach_rows(
     known = catalogue(model)
     keep = _trainable(train, known)
     for row in plan:
+        _refuse_half_tied(row)
         _refuse_duplicate(row, name)
     strength = next((entry.strength for site in sites(model) for entry in site.stack.named(name)), 1.0)
     given = [None] * len(plan) if factors is None else factors
@@ -127,6 +128,17 @@ def check_name(name: Any) -> None:
     if hasattr(AdapterStack(), name):
         raise AttachError(
             f"adapter name {name!r} is an attribute of the modules that hold adapters; use '{name}_1', say"
+        )
+
+
+def _refuse_half_tied(row: Row) -> None:
+    """Raise where a tied parameter carries adapters at some of its places only: the others would not see new ones."""
+    stacks = {place.path: stack_of(place.module, place.name) for place in row.leaf.places}
+    if len({id(stack) for stack in stacks.values()}) > 1:
+        carrying = listed(path for path, stack in stacks.items() if stack is not None)
+        raise AttachError(
+            f"{listed(stacks)} are one parameter, and the adapters on {carrying} came on before it was tied, or on a "
+            "part of the model; lp.detach or lp.merge them, then attach on the whole model"
         )
 
 
