@@ -103,7 +103,8 @@ def attach_rows(
         _refuse_duplicate(row, name)
     strength = next((entry.strength for site in sites(model) for entry in site.stack.named(name)), 1.0)
     given = [None] * len(plan) if factors is None else factors
-    entries = [_entry(row, name, values, generator) for row, values in zip(plan, given, strict=True)]
+    with torch.inference_mode(False):  # what is made in that mode could never be trained, nor switched outside of it
+        entries = [_entry(row, name, values, generator) for row, values in zip(plan, given, strict=True)]
     with undone_on_error(Snapshot(model)):
         for row, entry in zip(plan, entries, strict=True):
             _stack_for(row).add(entry)

@@ -93,7 +93,7 @@ def _fold(group: list[Site], entries: list[AdapterFactors]) -> None:
     site = group[0]
     plist = parametrized(site.module)[site.name]
     _refuse_torn(group)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # a weight made in that mode could never be trained, or adapted
         try:
             values = _folded(plist, site.stack, entries)
         except LoraparamError as error:

@@ -1,5 +1,7 @@
 """Two things that each work alone, together."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_plans import randomize, unchanged
@@ -30,3 +32,32 @@ def test_a_weight_that_is_tied_to_an_adapted_one_later_takes_no_more() -> None:
     model[0].weight = model[1].parametrizations.weight.original
     with unchanged(model), pytest.raises(lp.AttachError, match=r"'1\.weight' came on before it was tied"):
         lp.attach(model, lp.LoRA(r=2), "0", name="second")
+
+
+# --- inference mode ---------------------------------------------------------------------------------------------
+
+
+def test_what_came_on_in_inference_mode_trains_and_is_switched(tmp_path: Path) -> None:
+    model, x = nn.Linear(4, 4), torch.ones(1, 4)
+    saved = nn.Linear(4, 4)
+    saved.load_state_dict(model.state_dict())
+    lp.attach(saved, lp.DoRA(r=1))
+    randomize(saved)
+    lp.save(saved, tmp_path / "saved.safetensors")
+    with torch.inference_mode():
+        lp.attach(model, lp.DoRA(r=1), name="fresh")
+        lp.load(model, tmp_path / "saved.safetensors", name="loaded")
+        torch.testing.assert_close(model(x), saved(x))
+    lp.activate(model, {"loaded": 0.5, "fresh": 1.0})
+    model(x).sum().backward()
+    assert all(factor.grad is not None for factor in lp.parameters(model))
+
+
+def test_what_was_merged_in_inference_mode_is_adapted_and_trained_again() -> None:
+    model, x = nn.Linear(4, 4), torch.ones(1, 4, requires_grad=True)
+    lp.attach(model, lp.LoRA(r=1))
+    with torch.inference_mode():
+        lp.merge(model)
+    lp.attach(model, lp.LoRA(r=1))
+    model(x).sum().backward()
+    assert x.grad is not None
