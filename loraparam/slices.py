@@ -91,7 +91,8 @@ def split_pattern(pattern: str) -> tuple[str, tuple[str, ...]]:
         >>> split_pattern("self_attn.in_proj_weight[q, v]")
         ('self_attn.in_proj_weight', ('q', 'v'))
     """
-    found = re.fullmatch(r"([^\[\]]+)(?:\[([^\[\]]*)\])?", pattern.strip())
+    # The brackets of a ModuleDict's key are followed by a dot.
+    found = re.fullmatch(r"((?:.*\.)?[^\[\].]+|[^\[\]]+)(?:\[([^\[\]]*)\])?", pattern.strip())
     if found is None:
         raise TargetError(f"target {pattern!r}: not a path with at most one bracket, such as 'in_proj_weight[q,v]'")
     path, inside = found.groups()
@@ -109,6 +110,8 @@ def resolve(item: str, module: nn.Module | None, name: str, shape: Sequence[int]
     Raises:
         TargetError: the item names nothing here, or does not fit the shape.
     """
+    if layout.out >= len(shape):
+        raise TargetError(f"slice [{item}]: shape {tuple(shape)} has no output dim to cut; leave out the brackets")
     letters, size = letters_of(module, name, item), shape[layout.out]
     if len(item) == 1 and item in letters:
         return _block(item, letters.index(item), len(letters), size, layout)

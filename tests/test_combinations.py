@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_plans import randomize, unchanged
-from test_state import tied
+from test_state import EXACT, tied
 from torch import nn
 
 import loraparam as lp
@@ -61,3 +61,25 @@ def test_what_was_merged_in_inference_mode_is_adapted_and_trained_again() -> Non
     lp.attach(model, lp.LoRA(r=1))
     model(x).sum().backward()
     assert x.grad is not None
+
+
+# --- names and slices -------------------------------------------------------------------------------------------
+
+
+def test_a_module_whose_name_has_brackets(tmp_path: Path) -> None:
+    model, x = nn.ModuleDict({"a[0]": nn.Linear(4, 4), "b": nn.Linear(4, 4)}), torch.ones(1, 4)
+    lp.attach(model, lp.LoRA(r=1), ["a[0].weight[1/2]", "b"])
+    randomize(model)
+    lp.save(model, tmp_path / "saved.safetensors")
+    before = model["a[0]"](x)
+    lp.detach(model)
+    assert [row.path for row in lp.load(model, tmp_path / "saved.safetensors")] == ["a[0].weight[1/2]", "b.weight"]
+    torch.testing.assert_close(model["a[0]"](x), before, **EXACT)
+    assert lp.effective_weight(model, "a[0].weight").shape == (4, 4)
+
+
+def test_a_number_has_no_slices() -> None:
+    model = nn.ParameterList([torch.tensor(1.0)])
+    match = r"'0': slice \[0:1\]: shape \(\) has no output dim to cut; leave out the brackets"
+    with unchanged(model), pytest.raises(lp.TargetError, match=match):
+        lp.attach(model, lp.Full(), "0[0:1]")

@@ -58,12 +58,13 @@ class Item:
     @property
     def parameter(self) -> str:
         """The path without the slice."""
-        return self.path.partition("[")[0]
+        above, dot, last = self.path.rpartition(".")  # a ModuleDict's key may have brackets
+        return above + dot + last.partition("[")[0]
 
     @property
     def part(self) -> str | None:
         """What stands in the brackets; None for the whole parameter."""
-        inside = self.path.partition("[")[2]
+        inside = self.path.rpartition(".")[2].partition("[")[2]
         return inside.removesuffix("]") if inside else None
 
 
