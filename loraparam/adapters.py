@@ -45,7 +45,7 @@ def attach(
     """Put an adapter on parameters of a model, in place; its classes and forwards stay untouched.
 
     The new adapter acts at once, with weight 1, after those already there, and starts neutral: outputs are as
-    before. Attaching under an existing name extends that adapter.
+    before. Attaching under an existing name extends that adapter, at its weight and in its turn.
 
     Args:
         model: any module.
@@ -101,12 +101,15 @@ def attach_rows(
     for row in plan:
         _refuse_half_tied(row)
         _refuse_duplicate(row, name)
-    strength = next((entry.strength for site in sites(model) for entry in site.stack.named(name)), 1.0)
+    others = [entry for site in sites(model) for entry in site.stack.entries]
+    last = max((other.turn for other in others), default=-1) + 1
+    strength, turn = next(((other.strength, other.turn) for other in others if other.adapter == name), (1.0, last))
     given = [None] * len(plan) if factors is None else factors
     with torch.inference_mode(False):  # what is made in that mode could never be trained, nor switched outside of it
         entries = [_entry(row, name, values, generator) for row, values in zip(plan, given, strict=True)]
     with undone_on_error(Snapshot(model)):
         for row, entry in zip(plan, entries, strict=True):
+            entry.turn = turn
             _stack_for(row).add(entry)
             entry.set_strength(strength)
         guard_managers(model)
@@ -288,6 +291,7 @@ def activate(model: nn.Module, weights: Mapping[str, float]) -> None:
         for stack in stacks:
             stack.reorder(order)
             for entry in stack.entries:
+                entry.turn = order.index(entry.adapter) if entry.adapter in strengths else len(order)
                 entry.set_strength(strengths.get(entry.adapter, 0.0))
 
 

@@ -107,15 +107,16 @@ class Acting:
         _restore_strengths(self._acting)
 
 
-_Strengths = list[tuple[AdapterFactors, float, int]]
+_Strengths = list[tuple[AdapterFactors, int, float, int]]
 
 
 def _strengths(entries: Iterable[AdapterFactors]) -> _Strengths:
-    return [(entry, entry.strength, entry.holds) for entry in entries]
+    return [(entry, entry.turn, entry.strength, entry.holds) for entry in entries]
 
 
 def _restore_strengths(acting: _Strengths) -> None:
-    for entry, strength, holds in acting:
+    for entry, turn, strength, holds in acting:
+        entry.turn = turn
         if (entry.strength, entry.holds) != (strength, holds):
             entry.set_strength(strength, holds - entry.holds)
 

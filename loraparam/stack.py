@@ -43,6 +43,7 @@ class AdapterFactors(nn.Module):
         method, layout, part: what is applied, how the target reads as a matrix, which slice it is.
         shape: of the target.
         strength: the weight w in W + w·(apply(W) − W); 0 is off.
+        turn: its adapter's place in the order of all on the model, for targets that the adapter gets later.
         holds: how many ``disabled`` blocks are open around it.
     """
 
@@ -65,6 +66,7 @@ class AdapterFactors(nn.Module):
         self.layout = layout
         self.part = part
         self.strength = 1.0
+        self.turn = 0
         self.holds = 0
         self.names = tuple(factors)
         self.shapes = {name: factor.shape for name, factor in factors.items()}
@@ -205,9 +207,13 @@ class AdapterStack(nn.Module):
         return [entry for entry in self.entries if entry.adapter == adapter]
 
     def add(self, entry: AdapterFactors) -> None:
-        """Put an entry last."""
+        """Put an entry in its turn: last, unless it extends an adapter that acts before others."""
         entry.train(self.training)
+        later = {other.key: other for other in self.entries if other.turn > entry.turn}
+        for key in later:
+            del self._modules[key]
         self._modules[entry.key] = entry
+        self._modules.update(later)
 
     def reorder(self, adapters: list[str]) -> None:
         """Let the named adapters act in this order.

@@ -83,3 +83,23 @@ def test_a_number_has_no_slices() -> None:
     match = r"'0': slice \[0:1\]: shape \(\) has no output dim to cut; leave out the brackets"
     with unchanged(model), pytest.raises(lp.TargetError, match=match):
         lp.attach(model, lp.Full(), "0[0:1]")
+
+# --- several adapters -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_an_adapter_that_gets_more_targets_keeps_its_turn(ordered: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lp.attach(model, lp.LoRA(r=1), "0", name="first")
+    lp.attach(model, lp.DoRA(r=1), "1", name="second")
+    if ordered:  # no target has both: the order stands on no stack
+        lp.activate(model, {"second": 1.0, "first": 1.0})
+    lp.attach(model, lp.LoRA(r=1), "1", name="first")
+    lp.attach(model, lp.DoRA(r=1), "0", name="second")
+    lp.attach(model, lp.IA3(), name="third")
+    randomize(model)
+    before = {path: lp.effective_weight(model, path) for path in ("0.weight", "1.weight")}
+    names = ("second", "first", "third") if ordered else ("first", "second", "third")
+    lp.activate(model, dict.fromkeys(names, 1.0))
+    for path, weight in before.items():
+        torch.testing.assert_close(lp.effective_weight(model, path), weight, **EXACT)
