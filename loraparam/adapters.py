@@ -326,11 +326,11 @@ def entries_of(model: nn.Module, name: str | None = None) -> list[tuple[str, Ada
     ]
 
 
-def check_known(model: nn.Module, name: str | None) -> None:
-    """Raise for the name of an adapter that is not on the model; None stands for all of them."""
+def check_known(model: nn.Module, name: str | None, *, one: bool = False) -> None:
+    """Raise for the name of an adapter that is not on the model; None stands for all, unless it has to be one."""
     if not isinstance(model, nn.Module):
         raise AttachError(f"model is a {type(model).__name__}; allowed: a torch.nn.Module")
-    if name is not None:
+    if one or name is not None:
         _check_among(_names(site.stack for site in sites(model)), name)
 
 

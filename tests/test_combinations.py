@@ -1,6 +1,8 @@
 """Two things that each work alone, together."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +86,7 @@ def test_a_number_has_no_slices() -> None:
     with unchanged(model), pytest.raises(lp.TargetError, match=match):
         lp.attach(model, lp.Full(), "0[0:1]")
 
+
 # --- several adapters -------------------------------------------------------------------------------------------
 
 
@@ -103,3 +106,20 @@ def test_an_adapter_that_gets_more_targets_keeps_its_turn(ordered: bool) -> None
     lp.activate(model, dict.fromkeys(names, 1.0))
     for path, weight in before.items():
         torch.testing.assert_close(lp.effective_weight(model, path), weight, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, path: lp.state_dict(model, None),
+        lambda model, path: lp.load_state_dict(model, {}, None, strict=False),
+        lambda model, path: lp.save(model, path, name=None),
+    ],
+)
+def test_one_state_or_file_takes_one_adapter(call: Callable[[nn.Module, Path], Any], tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    lp.attach(model, lp.LoRA(r=1), name="style")
+    lp.attach(model, lp.LoRA(r=1), name="task")
+    with unchanged(model), pytest.raises(lp.AttachError, match="no adapter named None; attached: 'style', 'task'"):
+        call(model, tmp_path / "never.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -86,7 +86,7 @@ def save(
         1
     """
     refuse_suspended(model)
-    check_known(model, name)
+    check_known(model, name, one=True)
     content = content_of(model, name)
     if one_writes(parameters(model, name)):
         write_content(path, content, ModelBase(model), format=format, **options)
