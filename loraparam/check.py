@@ -117,7 +117,7 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
         if site is not None:
             events[*site, event] += 1
 
-    with _restored(model, args, kwargs), torch.enable_grad():
+    with torch.inference_mode(False), _restored(model, args, kwargs), torch.enable_grad():
         with watching(watch):
             outputs = model(*args, **kwargs)
             loss = _project(outputs)

@@ -65,6 +65,15 @@ def test_what_was_merged_in_inference_mode_is_adapted_and_trained_again() -> Non
     assert x.grad is not None
 
 
+def test_check_runs_backward_in_inference_mode_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))
+    lp.attach(model, {"0": lp.DoRA(r=1), "1": lp.LoRA(r=1)})
+    x = torch.ones(2, 4)
+    with unchanged(model), torch.inference_mode():
+        report = lp.check(model, x)
+    assert {row.gradient for row in report} <= {"arrived", "zero"}
+
+
 # --- names and slices -------------------------------------------------------------------------------------------
 
 
