@@ -220,7 +220,8 @@ def _restored(model: nn.Module, args: Any, kwargs: Any) -> Iterator[None]:
             module._buffers.update(own)
         with torch.no_grad():
             for tensor, value in written:
-                if not torch.equal(tensor, value):
+                # Sparse ones have no comparison.
+                if value.layout != torch.strided or not torch.equal(tensor, value):
                     tensor.copy_(value)
 
 

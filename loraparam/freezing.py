@@ -16,7 +16,7 @@ def freeze(leaves: list[Leaf], keep: set[int]) -> None:
         flags = [tensor.requires_grad for tensor in originals]
         if any(flags) and id(leaf) not in keep:
             for tensor in originals:
-                tensor.requires_grad_(False)
+                tensor.requires_grad = False  # a lazy parameter has no requires_grad_()
             module.__dict__[FROZEN] = (*module.__dict__.get(FROZEN, ()), (name, flags))
 
 
@@ -40,4 +40,4 @@ def unfreeze(model: nn.Module) -> None:
                 flags = [True] * len(originals)
             for tensor, flag in zip(originals, flags, strict=True):
                 if flag:
-                    tensor.requires_grad_(True)
+                    tensor.requires_grad = True

@@ -49,6 +49,8 @@ def _refuse_tensor(tensor: Tensor) -> None:
         )
     if is_lazy(tensor):
         raise AttachError("it is not initialised yet; run one forward of the lazy module first")
+    if tensor.layout != torch.strided:
+        raise AttachError(f"its layout is {tensor.layout}; allowed: a dense tensor")
     if tensor.is_meta:
         raise AttachError("it is on the meta device and has no values; load the weights first, or turn offloading off")
     if tensor.is_inference():

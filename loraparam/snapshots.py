@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .marks import ALIAS, FROZEN, RECORD
 from .stack import AdapterFactors, AdapterStack
@@ -43,7 +44,7 @@ class Snapshot:
             for t in [*m._parameters.values(), *m._buffers.values()]
             if t is not None
         }
-        self._tensors = [(t, t.detach(), t.requires_grad) for t in tensors.values()]
+        self._tensors = [(t, None if is_lazy(t) else t.detach(), t.requires_grad) for t in tensors.values()]
         grads = [(t, t.grad) for t in tensors.values() if t.is_leaf]
         self._grads = [(t, grad, None if grad is None else grad.detach()) for t, grad in grads]
         self._acting = _strengths(m for m, _, _ in self._modules if isinstance(m, AdapterFactors))
@@ -63,10 +64,10 @@ class Snapshot:
                 else:
                     module.__dict__.pop(name, None)
         for tensor, data, requires_grad in self._tensors:
-            if _moved(tensor, data):
+            if data is not None and _moved(tensor, data):
                 tensor.data = data
             if tensor.requires_grad != requires_grad:
-                tensor.requires_grad_(requires_grad)
+                tensor.requires_grad = requires_grad
         for tensor, grad, grad_data in self._grads:
             if grad is not None and grad_data is not None and _moved(grad, grad_data):
                 grad.data = grad_data
@@ -85,7 +86,11 @@ def _moved(tensor: Tensor, data: Tensor) -> bool:
     """Whether a plain tensor was pointed at another storage, dtype or shape; subclasses are left alone."""
     if type(data) is not torch.Tensor or tensor.is_meta != data.is_meta:
         return type(data) is torch.Tensor
-    return tensor.dtype != data.dtype or tensor.shape != data.shape or tensor.data_ptr() != data.data_ptr()
+    if tensor.dtype != data.dtype or tensor.shape != data.shape or tensor.layout != data.layout:
+        return True
+    if data.layout != torch.strided:  # a sparse one has no storage of its own
+        return tensor.device != data.device
+    return tensor.data_ptr() != data.data_ptr()
 
 
 class Acting:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_plans import randomize, unchanged
 from test_state import EXACT, tied
-from torch import nn
+from torch import Tensor, nn
 
 import loraparam as lp
 
@@ -132,3 +132,57 @@ def test_one_state_or_file_takes_one_adapter(call: Callable[[nn.Module, Path], A
     with unchanged(model), pytest.raises(lp.AttachError, match="no adapter named None; attached: 'style', 'task'"):
         call(model, tmp_path / "never.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+# --- what else is in the model ----------------------------------------------------------------------------------
+
+
+class Graph(nn.Module):
+    """A layer on a graph: its adjacency is a sparse buffer, one of its parameters is sparse."""
+
+    def __init__(self, sparse: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.gain = nn.Parameter(sparse(torch.eye(3)))
+        self.register_buffer("adjacency", sparse(torch.eye(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adjacency @ self.linear(x)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("sparse", [Tensor.to_sparse, Tensor.to_sparse_csr])
+def test_sparse_tensors_beside_the_targets(sparse: Callable[[Tensor], Tensor]) -> None:
+    model, x = Graph(sparse), torch.ones(3, 4)
+    before = model(x)
+    lp.attach(model, lp.DoRA(r=1))
+    lp.check(model, x)
+    randomize(model)
+    after, held = model(x), [*model.parameters(), *model.buffers()]
+    with lp.merged(model):
+        torch.testing.assert_close(model(x), after)
+        model.double()
+    torch.testing.assert_close(model(x), after, **EXACT)
+    assert all(a is b for a, b in zip(held, [*model.parameters(), *model.buffers()], strict=True))
+    assert model.gain.dtype == torch.float32
+    torch.testing.assert_close(
+        lp.base_state_dict(model)["linear.weight"], model.linear.parametrizations.weight.original
+    )
+    with pytest.raises(lp.AttachError, match=r"'gain': its layout is torch\.sparse_(coo|csr); allowed: a dense tensor"):
+        lp.attach(model, lp.LoRA(r=1), "gain", name="second")
+    lp.detach(model)
+    torch.testing.assert_close(model(x), before, **EXACT)
+    assert model.gain.requires_grad
+
+
+def test_a_lazy_module_beside_the_targets() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(3)), torch.ones(1, 4)
+    lp.attach(model, lp.LoRA(r=1), "0")
+    with lp.merged(model):
+        assert isinstance(model[1], nn.LazyLinear)
+    assert not model[1].weight.requires_grad
+    model(x)
+    lp.attach(model, lp.LoRA(r=1), "1", name="second")
+    lp.detach(model)
+    assert type(model[1]) is nn.Linear
+    assert all(parameter.requires_grad for parameter in model.parameters())
