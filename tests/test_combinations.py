@@ -134,6 +134,30 @@ def test_one_state_or_file_takes_one_adapter(call: Callable[[nn.Module, Path], A
     assert not list(tmp_path.iterdir())
 
 
+# --- layouts that no module has -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [lp.Layout(), lp.Layout(out=2), lp.Layout(out=0, batch=(1,)), lp.Layout(rows=12)])
+@pytest.mark.parametrize("method", [lp.LoRA(r=1), lp.Magnitude(), lp.IA3(axis="in")])
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda weight, x: torch.einsum("hoi,bi->bho", weight, x),
+        lambda weight, x: torch.einsum("bi,hoi->bho", x, weight),
+        lambda weight, x: torch.bmm(x.expand(3, -1, -1), weight.mT),
+        lambda weight, x: weight @ x.T.expand(3, -1, -1),
+        lambda weight, x: torch.baddbmm(torch.ones(()), x.expand(3, -1, -1), weight.mT),
+        lambda weight, x: nn.functional.linear(x, weight[1]),
+    ],
+)
+def test_products_of_a_stack_that_is_read_in_another_way(product: Any, method: lp.Method, layout: lp.Layout) -> None:
+    model, x = nn.ParameterList([torch.randn(3, 4, 6)]), torch.randn(2, 6)
+    lp.attach(model, method, "0", layout=layout)
+    randomize(model)
+    # The same products in another order.
+    torch.testing.assert_close(product(model[0], x), product(lp.effective_weight(model, "0"), x), rtol=1e-5, atol=1e-5)
+
+
 # --- what else is in the model ----------------------------------------------------------------------------------
 
 
