@@ -43,7 +43,10 @@ def form_of(weight: Any, *, drops: bool = False, flat: bool = False) -> Form | N
     if form is None or (not drops and form.drops_input) or (not flat and form.layout.rows is not None):
         return None
     batch = form.layout.batch
-    return None if batch and batch != tuple(range(len(batch))) else form
+    if not batch:
+        return form
+    # Behind the batch dims there may be vectors, where nothing is multiplied.
+    return form if batch == tuple(range(len(batch))) and form.weight.dim() >= 2 + len(batch) else None
 
 
 def ran(weight: EffectiveWeight | Operand) -> None:
