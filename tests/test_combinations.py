@@ -158,6 +158,43 @@ def test_products_of_a_stack_that_is_read_in_another_way(product: Any, method: l
     torch.testing.assert_close(product(model[0], x), product(lp.effective_weight(model, "0"), x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_matrix_that_is_read_as_a_stack_of_vectors() -> None:
+    layer, tokens = nn.Embedding(6, 6), torch.tensor([1, 2])
+    lp.attach(layer, lp.IA3(), "weight", layout=lp.Layout(out=1, batch=(0,)))
+    randomize(layer)
+    weight = lp.effective_weight(layer, "weight")
+    torch.testing.assert_close(layer(tokens), weight[tokens])
+    torch.testing.assert_close(nn.functional.linear(torch.eye(6), layer.weight), weight.T)
+
+
+# --- autocast ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [lp.LoRA(r=1), lp.DoRA(r=1), lp.Magnitude(), lp.IA3(axis="in")])
+@pytest.mark.parametrize(
+    ("shape", "run"),
+    [
+        ((4, 4), lambda weight, x: nn.functional.linear(x, weight, torch.ones(4))),
+        ((4, 4), lambda weight, x: nn.functional.linear(x, weight)),
+        ((4, 4), lambda weight, x: x @ weight),
+        ((4, 4), lambda weight, x: torch.addmm(torch.ones(4), x, weight)),
+        ((4, 4), lambda weight, x: torch.einsum("oi,bi->bo", weight, x)),
+        ((4, 4), lambda weight, x: torch.einsum("oi,oi->oi", weight, x)),
+        ((2, 4, 4), lambda weight, x: torch.baddbmm(torch.ones(2, 4, 4), x.expand(2, -1, -1), weight)),
+        ((4, 4, 1, 1), lambda weight, x: nn.functional.conv2d(x[..., None, None], weight, torch.ones(4))),
+        ((4, 4, 1), lambda weight, x: nn.functional.conv_transpose1d(x[..., None], weight, torch.ones(4))),
+    ],
+)
+def test_autocast_gives_the_dtype_of_the_plain_product(shape: tuple[int, ...], run: Any, method: lp.Method) -> None:
+    model, x = nn.ParameterList([torch.randn(shape)]), torch.randn(4, 4)
+    layout = lp.Layout(out=1) if len(shape) == 3 and shape[-1] == 1 else lp.Layout() if len(shape) == 4 else None
+    lp.attach(model, method, "0", layout=layout)
+    randomize(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        # Products of four numbers around 1, in bfloat16.
+        torch.testing.assert_close(run(model[0], x), run(lp.effective_weight(model, "0"), x), rtol=0.03, atol=0.1)
+
+
 # --- what else is in the model ----------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..effective import EffectiveWeight
 from ..forms import Form
+from ..functional import autocasts
 from .registry import form_of, implements, ran
 
 
@@ -29,6 +30,8 @@ def einsum(equation: Any, *operands: Any) -> Any:
         return NotImplemented
     if len(form.layout.batch) != len(letters) - 2:  # a kernel's factors have other dims than it
         return NotImplemented
+    if (form.row is not None or form.col is not None) and autocasts(form.weight):
+        return NotImplemented  # scales are wide, and the product alone is narrow
     ran(weights[0])
     return _einsum(x, x_letters, form, letters, output)
 
@@ -56,4 +59,4 @@ def _einsum(x: Tensor, x_letters: str, form: Form, letters: str, output: str) ->
     if p not in x_letters:
         thin.reverse()
     text = ",".join([x_letters, thin[0][1], thin[1][1]]) + "->" + output
-    return y + factor * torch.einsum(text, x, thin[0][0], thin[1][0])
+    return (y + factor * torch.einsum(text, x, thin[0][0], thin[1][0])).to(y.dtype)

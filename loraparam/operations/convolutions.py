@@ -144,7 +144,8 @@ def _is_kernel(form: Form | None, out: int) -> TypeGuard[Form]:
 def _scaled(y: Tensor, row: Tensor, bias: Tensor | None, tail: tuple[int, ...]) -> Tensor:
     """row·y + bias."""
     y = y * row.to(y.dtype).view(-1, *tail)
-    return y if bias is None else y + bias.view(-1, *tail)
+    # Under autocast y has a narrower dtype than the bias.
+    return y if bias is None else y + bias.to(y.dtype).view(-1, *tail)
 
 
 def _plus_up(y: Tensor, thin: Tensor, up: Tensor, scale: Any, pointwise: Any, groups: int) -> Tensor:

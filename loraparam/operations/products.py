@@ -33,8 +33,7 @@ def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = Non
     scaled = x if pre is None else x * pre
     pair = form.stacked_factors(x.dtype)
     if pair is None or form.drops_input:
-        y = _base(scaled, form, out_to_in)
-        y = y if post is None else y * post
+        y = _post(_base(scaled, form, out_to_in), post)
         for term in form.terms:
             y = y + _dropped(x, form, term, out_to_in)
         return y if bias is None else y + bias.to(y.dtype)
@@ -42,7 +41,7 @@ def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = Non
     down, up = (B.mT, A.mT) if out_to_in else (A, B)
     if not plain or not isinstance(scale, float):
         y = _base(scaled, form, out_to_in)
-        y = scale * _thin(x, down, up, form.index) + (y if post is None else y * post)
+        y = scale * _thin(x, down, up, form.index) + _post(y, post)
         # Under autocast the product has a narrower dtype than the bias.
         return y if bias is None else y + bias.to(y.dtype)
     matrix = form.weight if form.is_transposed == out_to_in else form.weight.t()
@@ -82,6 +81,11 @@ def _as(scale: Tensor | None, x: Tensor, form: Form) -> Tensor | None:
     if scale is None:
         return None
     return scale.to(x.dtype).unsqueeze(-2) if form.layout.batch else scale.to(x.dtype)
+
+
+def _post(y: Tensor, scale: Tensor | None) -> Tensor:
+    """The base's product with its scales, in the dtype that the base's has: under autocast a narrower one."""
+    return y if scale is None else (y * scale).to(y.dtype)
 
 
 def _base(x: Tensor, form: Form, out_to_in: bool) -> Tensor:
@@ -187,7 +191,7 @@ def addmm(input: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1, out:
     if result is NotImplemented:
         return result
     # With beta = 0 torch does not look at the input, which then may hold anything.
-    return alpha * result if beta == 0 else beta * input + alpha * result
+    return alpha * result if beta == 0 else (beta * input + alpha * result).to(result.dtype)
 
 
 # torch >= 2.10 has it under its public name as well.
