@@ -103,8 +103,9 @@ def _item(place: str, target: str, about: dict[str, Any], factors: Factors, file
 
 def _method(about: dict[str, Any]) -> Method:
     kind, config = about.get("method"), about.get("config")
-    known = sorted(name for name, method in REGISTRY.items() if not inspect.isabstract(method))
-    if kind not in known:
+    method = REGISTRY.get(kind) if isinstance(kind, str) else None
+    if method is None or inspect.isabstract(method):
+        known = sorted(name for name, other in REGISTRY.items() if not inspect.isabstract(other))
         raise FormatError(
             f"unknown method {kind!r}; known: {listed(known, 12)}. A method of your own is known once "
             "the module that defines it is imported"
@@ -112,7 +113,7 @@ def _method(about: dict[str, Any]) -> Method:
     if not isinstance(config, dict):
         raise FormatError(f"config {config!r}; allowed: an object of hyperparameters")
     try:
-        return REGISTRY[kind](**config)
+        return method(**config)
     except TypeError as error:
         raise FormatError(f"config of {kind}: {error}") from None
 
