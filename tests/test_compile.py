@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -138,9 +139,13 @@ def test_autocast_keeps_the_layers_dtype() -> None:
     assert all(factor.grad.dtype == torch.float32 for factor in lp.parameters(layer))
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(40, 3), nn.Conv1d(40, 3, 1)], ids=["linear", "conv1d"])
+KINDS = {"linear": nn.Linear(40, 3), "conv": nn.Conv1d(40, 3, 1), "transposed": nn.ConvTranspose1d(40, 3, 1)}
+
+
+@pytest.mark.parametrize("layer", KINDS.values(), ids=KINDS)
 def test_input_dropout(layer: nn.Module) -> None:
     """dropout_on="input" drops elements of what the low-rank path sees, in training only, and keeps the mean."""
+    layer = copy.deepcopy(layer)
     lp.attach(layer, lp.LoRA(r=2, dropout=0.5, dropout_on="input"), "weight")
     with torch.no_grad():
         for factor in lp.parameters(layer):
@@ -152,6 +157,23 @@ def test_input_dropout(layer: nn.Module) -> None:
     assert dropped.unique(dim=0).shape[0] > 1000
     # 20,000 samples of a spread of about 20: standard error 0.15, and five of them.
     assert_close(dropped.mean(0), expected.mean(0), rtol=0, atol=0.75)
+
+
+@pytest.mark.parametrize("layer", KINDS.values(), ids=KINDS)
+def test_each_adapter_drops_inputs_of_its_own(layer: nn.Module) -> None:
+    """Two that undo each other do so only where nothing is dropped, or in the mean."""
+    layer = copy.deepcopy(layer)
+    method, x = lp.LoRA(r=2, dropout=0.5, dropout_on="input", init="gaussian"), torch.ones(5000, 40)
+    x = x if isinstance(layer, nn.Linear) else x.unsqueeze(-1)
+    plain = layer(x).detach()
+    for name, sign in (("one", 1), ("other", -1)):
+        lp.attach(layer, method, "weight", name=name, generator=torch.Generator().manual_seed(0))
+        nn.init.constant_(lp.state_dict(layer, name)["weight.lora_B"], sign)
+    assert_close(layer.eval()(x), plain)
+    dropped = layer.train()(x).detach() - plain
+    assert dropped.unique(dim=0).shape[0] > 1000
+    # Each row is a sum of 160 numbers ±2·A, A of std 0.5: a spread of 13 at most, of the mean 0.2; five of them.
+    assert_close(dropped.mean(0), torch.zeros_like(dropped[0]), rtol=0, atol=1.0)
 
 
 def test_input_dropout_under_dora_keeps_the_norm_whole() -> None:

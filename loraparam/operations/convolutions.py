@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -47,7 +49,7 @@ def _conv(
     form = form_of(weight, drops=True, flat=True)
     if form is not None and form.layout.rows is not None:
         return _flat_conv(function, input, weight, form, bias, stride, padding, dilation, groups)
-    if not _is_kernel(form, 0) or isinstance(input, EffectiveWeight) or (form.drops_input and len(form.terms) > 1):
+    if not _is_kernel(form, 0) or isinstance(input, EffectiveWeight):
         return NotImplemented
     ran(weight)
     bias = whole(bias)
@@ -56,15 +58,12 @@ def _conv(
     tail = (1,) * (form.weight.dim() - 2)
     y = function(input, form.weight, bias if form.row is None else None, stride, padding, dilation, groups)
     y = y if form.row is None else _scaled(y, form.row, bias, tail)
-    pair = form.factors(y.dtype)
-    if pair is None:
-        return y
-    A, B, scale = pair
-    x = F.dropout(input, form.terms[0].dropout) if form.drops_input else input
-    kernel = A.view(-1, *form.weight.shape[1:])
-    kernel = kernel if groups == 1 else kernel.repeat(groups, *(1 for _ in kernel.shape[1:]))
-    thin = function(x, kernel, None, stride, padding, dilation, groups)
-    return _plus_up(y, thin, B.view(*B.shape, *tail), scale, function, groups)
+    for x, (A, B, scale) in _seen(input, form, y.dtype):
+        kernel = A.view(-1, *form.weight.shape[1:])
+        kernel = kernel if groups == 1 else kernel.repeat(groups, *(1 for _ in kernel.shape[1:]))
+        thin = function(x, kernel, None, stride, padding, dilation, groups)
+        y = _plus_up(y, thin, B.view(*B.shape, *tail), scale, function, groups)
+    return y
 
 
 def _flat_conv(function: Any, input: Any, weight: Any, form: Form, bias: Any, *options: Any) -> Any:
@@ -111,7 +110,7 @@ def _conv_transpose(
     dilation: Any = 1,
 ) -> Any:
     """row·convT(x, W) + s·B·convT(x, A), with one row of scales and one B for every group."""
-    form = form_of(weight)
+    form = form_of(weight, drops=True)
     if not _is_kernel(form, 1) or isinstance(input, EffectiveWeight):
         return NotImplemented
     ran(weight)
@@ -122,13 +121,11 @@ def _conv_transpose(
     options = (stride, padding, output_padding, groups, dilation)
     y = function(input, form.weight, bias if form.row is None else None, *options)
     y = y if form.row is None else _scaled(y, form.row.repeat(groups), bias, tail)
-    pair = form.factors(y.dtype)
-    if pair is None:
-        return y
-    A, B, scale = pair
-    kernel = A.view(-1, form.weight.shape[0], *form.weight.shape[2:]).transpose(0, 1)
-    thin = function(input, kernel, None, *options)
-    return _plus_up(y, thin, B.repeat(groups, 1).view(-1, B.shape[1], *tail), scale, pointwise, groups)
+    for x, (A, B, scale) in _seen(input, form, y.dtype):
+        kernel = A.view(-1, form.weight.shape[0], *form.weight.shape[2:]).transpose(0, 1)
+        thin = function(x, kernel, None, *options)
+        y = _plus_up(y, thin, B.repeat(groups, 1).view(-1, B.shape[1], *tail), scale, pointwise, groups)
+    return y
 
 
 # --- what both are made of ----------------------------------------------------------------------------------
@@ -139,6 +136,14 @@ def _is_kernel(form: Form | None, out: int) -> TypeGuard[Form]:
     if form is None or form.col is not None or form.layout.batch:
         return False
     return form.layout.out == out and not can_dequantize(form.weight)
+
+
+def _seen(x: Tensor, form: Form, dtype: torch.dtype) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Any]]]:
+    """(input, (A, B, s)) of the low-rank path: all terms at once, or each on its own draw of dropped inputs."""
+    for part in (replace(form, terms=(term,)) for term in form.terms) if form.drops_input else (form,):
+        pair = part.factors(dtype)
+        if pair is not None:
+            yield F.dropout(x, part.terms[0].dropout) if form.drops_input else x, pair
 
 
 def _scaled(y: Tensor, row: Tensor, bias: Tensor | None, tail: tuple[int, ...]) -> Tensor:
