@@ -1,7 +1,5 @@
 """Bad input: an error that says where, what was given, what is allowed and the way out; and nothing has changed."""
 
-import copy
-import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_plans import randomize, two_layers, unchanged
+from test_plans import two_layers, unchanged
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import prune
 
 import loraparam as lp
 
@@ -364,38 +362,7 @@ def test_a_foreign_file(tmp_path: Path) -> None:
     refused(tmp_path, "is not a file", format="loraparam")
 
 
-# --- merging ----------------------------------------------------------------------------------------------------
-
-
-def test_merge_of_a_part_of_a_tied_weight() -> None:
-    model = two_layers()
-    model.append(nn.Linear(6, 4))
-    model[2].weight = model[0].weight
-    lp.attach(model, LORA, "0")
-    match = r"'weight' is tied with 1 place outside of this module.*call lp\.{} on the whole model"
-    for whole, call in itertools.product((model, copy.deepcopy(model)), (lp.merge, lp.detach)):
-        with unchanged(whole), pytest.raises(lp.AttachError, match=match.format(call.__name__)):
-            call(whole[0])
-
-
-def test_merge_into_a_weight_that_cannot_hold_it() -> None:
-    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 4)))
-    lp.attach(model, LORA, "0")
-    randomize(model)
-    with unchanged(model), pytest.raises(lp.AttachError, match="SpectralNorm on the same weight cannot hold"):
-        lp.merge(model)
-    with unchanged(model), pytest.raises(lp.AttachError, match="SpectralNorm on the same weight"), lp.merged(model):
-        pass
-
-
-def test_merge_of_diverged_factors() -> None:
-    model = two_layers()
-    lp.attach(model, LORA)
-    with torch.no_grad():
-        next(lp.parameters(model)).fill_(float("inf"))
-    match = r"'0\.weight': the merged weight is not finite; .*factors \(lp\.state_dict\)"
-    with unchanged(model), pytest.raises(lp.AttachError, match=match):
-        lp.merge(model)
+# --- effective weights ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 import loraparam as lp
 from loraparam import fused
 from loraparam.operations import products
-from loraparam.testing.subjects import shake
 
 METHODS = {
     "lora": lp.LoRA(r=2, alpha=3),
@@ -371,91 +368,3 @@ def test_attention_multiplies_all_tokens_at_once(method: lp.Method, autocast: bo
     with Products() as noted, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         layer(x, x, x, need_weights=False)
     assert tokens not in noted.stacks
-
-
-class Bare(nn.Module):
-    """A parameter that is read and nothing else: one matrix, or a stack of them."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(shape, dtype=torch.float64))
-
-
-@given(st.data())
-def test_an_einsum_is_that_of_the_whole_weight(data: st.DataObject) -> None:
-    """Whichever letters are shared, summed or kept, in whichever order, transposed or not."""
-    torch.manual_seed(0)
-    letters, shape = data.draw(st.sampled_from([("oi", (6, 4)), ("eoi", (3, 6, 4))]))
-    method = data.draw(st.sampled_from([lp.LoRA(r=2, alpha=6), lp.DoRA(r=2), lp.DoRA(r=2, axis="in"), lp.Magnitude()]))
-    module, sizes = Bare(*shape), dict(zip(letters, shape, strict=True)) | {"n": 2}
-    lp.attach(module, method, "weight", layout=lp.Layout(out=1, batch=(0,)) if len(shape) == 3 else None)
-    shake(module)
-    weight, dense = module.weight, lp.effective_weight(module, "weight")
-    if data.draw(st.booleans()):
-        letters, weight, dense = letters[:-2] + letters[:-3:-1], weight.mT, dense.mT
-    others = data.draw(st.permutations(list(sizes)))[: data.draw(st.integers(0, len(sizes)))]
-    output = [letter for letter in data.draw(st.permutations(list(sizes))) if letter in {*letters, *others}]
-    output = output[: data.draw(st.integers(0, len(output)))]
-    x = torch.randn([sizes[letter] for letter in others], dtype=torch.float64)
-    equation = f"{''.join(others)},{letters}->{''.join(output)}"
-    assert_close(torch.einsum(equation, x, weight), torch.einsum(equation, x, dense))
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        *(
-            lambda w, sizes=sizes: w.split(sizes)
-            for sizes in (4, 6, 9, [1, 0, 5], (2, 4), [2, 2], [4, 4], [-1, 7], [], 0, -2)
-        ),
-        *(lambda w, chunks=chunks: w.chunk(chunks) for chunks in (4, 7, 0, -1)),
-        *(lambda w, dim=dim: w.split(3, dim) for dim in (-2, 2, -3)),
-        *(lambda w, dim=dim: w.narrow(dim, -3, 2) for dim in (0, -2, 2)),
-        *(lambda w, span=span: w.narrow(0, *span) for span in ((5, 3), (7, 0), (2, -1), (-7, 1))),
-        *(lambda w, dims=dims: w.transpose(*dims) for dims in ((0, 1), (-1, 0), (0, 5), (-3, 1))),
-        *(lambda w, dims=dims: w.permute(dims) for dims in ((-1, 0), (0, 5), (1, 1), (0,), (0, 1, 2))),
-        *(lambda w, dim=dim: w.select(dim, 1) for dim in (0, -2, 2)),
-        *(lambda w, span=span: w[slice(*span)] for span in ((4, 9), (-2, None), (3, 1), (0, 6, 2))),
-    ],
-)
-@pytest.mark.parametrize("shape", [(6, 4), (6, 5, 4)])
-def test_shape_operations_take_and_refuse_what_torch_does(
-    call: Callable[[Tensor], Any], shape: tuple[int, ...]
-) -> None:
-    module = Bare(*shape)
-    lp.attach(module, lp.LoRA(r=2), "weight", layout=lp.Layout(out=1, batch=(0,)) if len(shape) == 3 else None)
-    shake(module)
-    try:
-        expected = call(lp.effective_weight(module, "weight"))
-    except (RuntimeError, IndexError) as error:
-        with pytest.raises(type(error), match=r"dim|split|size|chunk|range|length"):
-            call(module.weight)
-    else:
-        assert_close(call(module.weight), expected)
-
-
-@pytest.mark.parametrize("options", [{}, {"mode": "sum"}, {"mode": "max"}, {"scale_grad_by_freq": True}])
-@pytest.mark.parametrize("method", [lp.LoRA(r=2), lp.DoRA(r=2), lp.DoRA(r=2, axis="in"), lp.Magnitude(axis="in")])
-@pytest.mark.parametrize("out", [0, 1])
-def test_bags_of_rows_are_those_of_the_whole_weight(options: dict[str, Any], method: lp.Method, out: int) -> None:
-    """Whichever side the scales are on; the gradients, too."""
-    torch.manual_seed(0)
-    module, bags = Bare(6, 4), torch.tensor([[0, 3, 3], [5, 3, 1]])
-    lp.attach(module, method, "weight", layout=lp.Layout(out=out), freeze=False)
-    shake(module)
-    found = []
-    for weight in (module.weight, lp.effective_weight(module, "weight")):
-        y = F.embedding_bag(bags, weight, **options)
-        found.append([y, *torch.autograd.grad(y.sin().sum(), list(module.parameters()))])
-    assert_close(*found)
-
-
-@pytest.mark.parametrize("index", [1, -1, [2, 0], [0, 1, 2, 0], [1]])
-@pytest.mark.parametrize("method", [lp.LoRA(r=2), lp.DoRA(r=2), lp.Magnitude(), lp.IA3(), lp.Full()])
-def test_matrices_taken_from_a_stack_are_those_of_the_whole(method: lp.Method, index: int | list[int]) -> None:
-    module = Bare(3, 6, 4)
-    lp.attach(module, method, "weight", layout=lp.Layout(out=1, batch=(0,)))
-    shake(module)
-    at = index if isinstance(index, int) else torch.tensor(index)
-    x = torch.randn(2, 4, dtype=torch.float64)
-    assert_close(x @ module.weight[at].mT, x @ lp.effective_weight(module, "weight")[at].mT)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -32,6 +34,11 @@ def adapted(shape: tuple[int, ...], layout: lp.Layout | None = None, method: lp.
         for factor in lp.parameters(module):
             factor.add_(0.3 * torch.randn_like(factor))
     return module
+
+
+def stack_of(shape: tuple[int, ...]) -> lp.Layout | None:
+    """How three dims read as matrices along the first; None for one matrix."""
+    return lp.Layout(out=1, batch=(0,)) if len(shape) == 3 else None
 
 
 def outcome(call: Call, x: Tensor, weight: Tensor) -> Any:
@@ -70,18 +77,6 @@ CALLS: dict[str, Call] = {
     "select, input": lambda x, w: torch.select(input=w, dim=0, index=1),
     "detach, input": lambda x, w: torch.detach(input=w),
     "reshape, shape": lambda x, w: torch.reshape(input=w, shape=(-1,)),
-    # Dims counted from the end, and such as there are none of.
-    "transpose, from the end": lambda x, w: w.transpose(-2, 1),
-    "transpose, no such dims": lambda x, w: w.transpose(2, 3),
-    "permute, no such dims": lambda x, w: w.permute(2, 3),
-    "narrow, from the end": lambda x, w: w.narrow(-2, -3, 2),
-    "narrow, no such dim": lambda x, w: w.narrow(2, 0, 3),
-    "narrow, before the start": lambda x, w: w.narrow(0, -9, 3),
-    "narrow, past the end": lambda x, w: w.narrow(0, 4, 3),
-    "split, no such dim": lambda x, w: w.split(2, 2),
-    "split, sizes of another sum": lambda x, w: w.split([3, 2]),
-    "split, no size": lambda x, w: w.split(0),
-    "chunk, in none": lambda x, w: w.chunk(0),
     "chunk, of the other dim": lambda x, w: w.chunk(2, -1),
     # Options.
     "half, memory_format": lambda x, w: w.half(memory_format=torch.preserve_format).double(),
@@ -95,6 +90,76 @@ CALLS: dict[str, Call] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_does_what_it_does_to_the_merged_weight(name: str) -> None:
     assert_as_merged(CALLS[name], torch.randn(5, 4, dtype=torch.float64), adapted((6, 4)))
+
+
+@given(st.data())
+def test_an_einsum_is_that_of_the_whole_weight(data: st.DataObject) -> None:
+    """Whichever letters are shared, summed or kept, in whichever order, transposed or not."""
+    letters, shape = data.draw(st.sampled_from([("oi", (6, 4)), ("eoi", (3, 6, 4))]))
+    method = data.draw(st.sampled_from([lp.LoRA(r=2, alpha=6), lp.DoRA(r=2), lp.DoRA(r=2, axis="in"), lp.Magnitude()]))
+    module, sizes = adapted(shape, stack_of(shape), method), dict(zip(letters, shape, strict=True)) | {"n": 2}
+    weight, dense = module.weight, lp.effective_weight(module, "weight")
+    if data.draw(st.booleans()):
+        letters, weight, dense = letters[:-2] + letters[:-3:-1], weight.mT, dense.mT
+    others = data.draw(st.permutations(list(sizes)))[: data.draw(st.integers(0, len(sizes)))]
+    output = [letter for letter in data.draw(st.permutations(list(sizes))) if letter in {*letters, *others}]
+    output = output[: data.draw(st.integers(0, len(output)))]
+    x = torch.randn([sizes[letter] for letter in others], dtype=torch.float64)
+    equation = f"{''.join(others)},{letters}->{''.join(output)}"
+    assert_close(torch.einsum(equation, x, weight), torch.einsum(equation, x, dense))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(
+            lambda w, sizes=sizes: w.split(sizes)
+            for sizes in (4, 6, 9, [1, 0, 5], (2, 4), [2, 2], [4, 4], [-1, 7], [], 0, -2)
+        ),
+        *(lambda w, chunks=chunks: w.chunk(chunks) for chunks in (4, 7, 0, -1)),
+        *(lambda w, dim=dim: w.split(3, dim) for dim in (-2, 2, -3)),
+        *(lambda w, dim=dim: w.narrow(dim, -3, 2) for dim in (0, -2, 2)),
+        *(lambda w, span=span: w.narrow(0, *span) for span in ((5, 3), (7, 0), (2, -1), (-7, 1))),
+        *(lambda w, dims=dims: w.transpose(*dims) for dims in ((0, 1), (-1, 0), (0, 5), (-3, 1))),
+        *(lambda w, dims=dims: w.permute(dims) for dims in ((-1, 0), (0, 5), (1, 1), (0,), (0, 1, 2))),
+        *(lambda w, dim=dim: w.select(dim, 1) for dim in (0, -2, 2)),
+        *(lambda w, span=span: w[slice(*span)] for span in ((4, 9), (-2, None), (3, 1), (0, 6, 2))),
+    ],
+)
+@pytest.mark.parametrize("shape", [(6, 4), (6, 5, 4)])
+def test_shape_operations_take_and_refuse_what_torch_does(
+    call: Callable[[Tensor], Any], shape: tuple[int, ...]
+) -> None:
+    module = adapted(shape, stack_of(shape))
+    try:
+        expected = call(lp.effective_weight(module, "weight"))
+    except (RuntimeError, IndexError) as error:
+        with pytest.raises(type(error), match=r"dim|split|size|chunk|range|length"):
+            call(module.weight)
+    else:
+        assert_close(call(module.weight), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "sum"}, {"mode": "max"}, {"scale_grad_by_freq": True}])
+@pytest.mark.parametrize("method", [lp.LoRA(r=2), lp.DoRA(r=2), lp.DoRA(r=2, axis="in"), lp.Magnitude(axis="in")])
+@pytest.mark.parametrize("out", [0, 1])
+def test_bags_of_rows_are_those_of_the_whole_weight(options: dict[str, Any], method: lp.Method, out: int) -> None:
+    """Whichever side the scales are on; the gradients, too."""
+    module, bags = adapted((6, 4), lp.Layout(out=out), method).requires_grad_(), torch.tensor([[0, 3, 3], [5, 3, 1]])
+    found = []
+    for weight in (module.weight, lp.effective_weight(module, "weight")):
+        y = F.embedding_bag(bags, weight, **options)
+        found.append([y, *torch.autograd.grad(y.sin().sum(), list(module.parameters()))])
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("index", [1, -1, [2, 0], [0, 1, 2, 0], [1]])
+@pytest.mark.parametrize("method", [lp.LoRA(r=2), lp.DoRA(r=2), lp.Magnitude(), lp.IA3(), lp.Full()])
+def test_matrices_taken_from_a_stack_are_those_of_the_whole(method: lp.Method, index: int | list[int]) -> None:
+    module = adapted((3, 6, 4), stack_of((3, 6, 4)), method)
+    at = index if isinstance(index, int) else torch.tensor(index)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    assert_close(x @ module.weight[at].mT, x @ lp.effective_weight(module, "weight")[at].mT)
 
 
 @pytest.mark.parametrize(
