@@ -311,13 +311,13 @@ def adapters(model: nn.Module) -> dict[str, dict[str, Method]]:
     return found
 
 
-def entries_of(model: nn.Module, name: str | None = None) -> list[tuple[str, AdapterFactors]]:
-    """(target path with its slice, entry) of one adapter or of all.
+def entries_of(model: nn.Module, name: str | None = None, *, one: bool = False) -> list[tuple[str, AdapterFactors]]:
+    """(target path with its slice, entry) of one adapter, or of all unless it has to be ``one``.
 
     Raises:
         AttachError: there is no adapter of this name.
     """
-    check_known(model, name)
+    check_known(model, name, one=one)
     return [
         (group[0].path + entry.suffix, entry)
         for group in groups(model)

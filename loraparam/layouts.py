@@ -157,9 +157,9 @@ def _experts_are_transposed(module: nn.Module) -> bool:
 
 def _is_one_of(module: nn.Module, known: Mapping[str, str]) -> bool:
     """Whether a module's class is known by name and package; told without importing the package."""
-    return any(cls.__module__.startswith(known.get(cls.__name__, "\0")) for cls in type(module).__mro__)
+    return any(known.get(cls.__name__) == cls.__module__.partition(".")[0] for cls in type(module).__mro__)
 
 
 def is_transformers_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' ``Conv1D``, a Linear stored (in, out); told without importing it."""
-    return _is_one_of(module, {"Conv1D": "transformers."})
+    return _is_one_of(module, {"Conv1D": "transformers"})

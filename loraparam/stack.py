@@ -48,7 +48,7 @@ class AdapterFactors(nn.Module):
     """
 
     _strength: Tensor
-    _stacked: frozenset[str] | None = None  # see _find_stacked
+    _stacked: frozenset[str] | None = None
 
     def __init__(
         self,
@@ -102,10 +102,11 @@ class AdapterFactors(nn.Module):
         """The strength in force: 0 inside ``disabled``."""
         return 0.0 if self.holds else self.strength
 
-    def _find_stacked(self) -> frozenset[str]:
+    def stacked(self) -> frozenset[str]:
         """Of a stack along the first dim: which factors have a part for each matrix. Any other is shared by all."""
-        single = self.method.init(torch.empty(self.shape[1:], device="meta"), self.layout.select(0))
-        self._stacked = frozenset(name for name, shape in self.shapes.items() if single[name].shape != shape)
+        if self._stacked is None:
+            single = self.method.init(torch.empty(self.shape[1:], device="meta"), self.layout.select(0))
+            self._stacked = frozenset(name for name, shape in self.shapes.items() if single[name].shape != shape)
         return self._stacked
 
     def set_strength(self, strength: float | None = None, hold: int = 0) -> None:
@@ -311,7 +312,7 @@ class Head:
             return None if form is None else form.take(index)
         steps: list[Step] = []
         for e, strength, own in self._steps:
-            stacked = e._find_stacked() if e._stacked is None else e._stacked
+            stacked = e.stacked()
             steps.append((e, strength, {name: t[index] if name in stacked else t for name, t in own.items()}))
         own_layout = layout.select(0) if isinstance(index, int) else layout
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapters import check_known, entries_of
+from .adapters import entries_of
 from .errors import StateError, listed, nearest
 from .finite import all_finite
 from .merging import detached, merged
@@ -37,10 +37,9 @@ def state_dict(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
         >>> list(lp.state_dict(model))
         ['weight.lora_A', 'weight.lora_B']
     """
-    check_known(model, name, one=True)  # keys do not tell adapters apart
     return {
         f"{path}.{factor}": tensor
-        for path, entry in entries_of(model, name)
+        for path, entry in entries_of(model, name, one=True)  # keys do not tell adapters apart
         for factor, tensor in entry.values().items()
     }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -14,7 +12,7 @@ from .. import fused_conv
 from ..effective import EffectiveWeight, whole
 from ..forms import Form
 from ..refusals import can_dequantize
-from .registry import form_of, implements, ran, same_kind
+from .registry import form_of, implements, ran, same_kind, seen
 
 
 @implements(torch.conv1d, F.conv1d)
@@ -58,7 +56,7 @@ def _conv(
     tail = (1,) * (form.weight.dim() - 2)
     y = function(input, form.weight, bias if form.row is None else None, stride, padding, dilation, groups)
     y = y if form.row is None else _scaled(y, form.row, bias, tail)
-    for x, (A, B, scale) in _seen(input, form, y.dtype):
+    for x, (A, B, scale) in seen(input, form, y.dtype):
         kernel = A.view(-1, *form.weight.shape[1:])
         kernel = kernel if groups == 1 else kernel.repeat(groups, *(1 for _ in kernel.shape[1:]))
         thin = function(x, kernel, None, stride, padding, dilation, groups)
@@ -121,7 +119,7 @@ def _conv_transpose(
     options = (stride, padding, output_padding, groups, dilation)
     y = function(input, form.weight, bias if form.row is None else None, *options)
     y = y if form.row is None else _scaled(y, form.row.repeat(groups), bias, tail)
-    for x, (A, B, scale) in _seen(input, form, y.dtype):
+    for x, (A, B, scale) in seen(input, form, y.dtype):
         kernel = A.view(-1, form.weight.shape[0], *form.weight.shape[2:]).transpose(0, 1)
         thin = function(x, kernel, None, *options)
         y = _plus_up(y, thin, B.repeat(groups, 1).view(-1, B.shape[1], *tail), scale, pointwise, groups)
@@ -136,14 +134,6 @@ def _is_kernel(form: Form | None, out: int) -> TypeGuard[Form]:
     if form is None or form.col is not None or form.layout.batch:
         return False
     return form.layout.out == out and not can_dequantize(form.weight)
-
-
-def _seen(x: Tensor, form: Form, dtype: torch.dtype) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Any]]]:
-    """(input, (A, B, s)) of the low-rank path: all terms at once, or each on its own draw of dropped inputs."""
-    for part in (replace(form, terms=(term,)) for term in form.terms) if form.drops_input else (form,):
-        pair = part.factors(dtype)
-        if pair is not None:
-            yield F.dropout(x, part.terms[0].dropout) if form.drops_input else x, pair
 
 
 def _scaled(y: Tensor, row: Tensor, bias: Tensor | None, tail: tuple[int, ...]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from .. import fused
 from ..effective import EffectiveWeight
-from ..forms import Form, Term
+from ..forms import Form
 from ..functional import autocasts
 from ..refusals import can_dequantize
 from ..sharding import is_spread
-from .registry import form_of, implements, ran, same_kind
+from .registry import form_of, implements, ran, same_kind, seen
 
 
 def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = None) -> Tensor:
@@ -34,8 +33,8 @@ def product(x: Tensor, form: Form, *, out_to_in: bool, bias: Tensor | None = Non
     pair = form.stacked_factors(x.dtype)
     if pair is None or form.drops_input:
         y = _post(_base(scaled, form, out_to_in), post)
-        for term in form.terms:
-            y = y + _dropped(x, form, term, out_to_in)
+        for own, factors in seen(x, form, x.dtype):
+            y = y + _low_rank(own, *factors, out_to_in)
         return y if bias is None else y + bias.to(y.dtype)
     A, B, scale = pair
     down, up = (B.mT, A.mT) if out_to_in else (A, B)
@@ -105,14 +104,10 @@ def _matrix(form: Form, out_to_in: bool) -> Tensor:
     return form.matrix.mT if out_to_in else form.matrix
 
 
-def _dropped(x: Tensor, form: Form, term: Term, out_to_in: bool) -> Tensor:
-    """One term's product, on its own draw of dropped inputs."""
-    pair = replace(form, terms=(term,)).factors(x.dtype)
-    assert pair is not None
-    A, B, scale = pair
+def _low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float | Tensor, out_to_in: bool) -> Tensor:
+    """s·x·Aᵀ·Bᵀ; with ``out_to_in`` s·x·B·A."""
     down, up = (B.mT, A.mT) if out_to_in else (A, B)
-    y: Tensor = scale * ((F.dropout(x, term.dropout) @ down.mT) @ up.mT)
-    return y
+    return scale * ((x @ down.mT) @ up.mT)
 
 
 def _worth_fusing(x: Tensor, form: Form) -> bool:

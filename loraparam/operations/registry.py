@@ -1,11 +1,14 @@
-"""Registering the operations that run on the parts of an effective weight."""
+"""Registering the operations that run on the parts of an effective weight, and what they share."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..effective import HANDLERS, KEYWORDS, EffectiveWeight, Operand
@@ -62,3 +65,11 @@ def same_kind(x: Tensor, weight: Tensor) -> bool:
     """Whether two tensors multiply as they are: ordinary ones of one dtype."""
     ordinary = type(weight) in _ORDINARY or not (can_dequantize(weight) or is_spread(weight))
     return weight.dtype is x.dtype and ordinary and not autocasts(x)
+
+
+def seen(x: Tensor, form: Form, dtype: torch.dtype) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, float | Tensor]]]:
+    """(input, (A, B, s)) of the low-rank path: all terms at once, or each on its own draw of dropped inputs."""
+    for part in (replace(form, terms=(term,)) for term in form.terms) if form.drops_input else (form,):
+        pair = part.factors(dtype)
+        if pair is not None:
+            yield F.dropout(x, part.terms[0].dropout) if form.drops_input else x, pair
